@@ -1,0 +1,201 @@
+r"""The method: a damped, low-rank second-order correction of a solver's direction.
+
+Levenberg-Marquardt-Langevin sampling (Wang et al., ICCV 2025, arXiv 2505.24222) replaces the
+direction g that a diffusion solver is about to take. Per sample, with anchors U = [u_1 ... u_r]
+(directions of earlier steps) and damping lambda > 0:
+
+    H  = U U^T + lambda I                               the damped, low-rank Hessian
+    d  = lambda H^-1 g = g - U (lambda I + U^T U)^-1 U^T g          (Woodbury; r x r)
+    g' = d |g| / |d|                                    norm-preserving
+
+d is also the residual of the ridge regression of g on the anchors, so the correction takes out of
+g what the earlier directions already explain, the less of it the larger the damping.
+
+Anchors that are nearly parallel to g or to one another leave d as a small difference of large
+numbers. Everything is therefore computed in float64, a few samples at a time so that it stays in
+the processor's cache; the result has the type of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+
+DAMPING_SCALES = ("relative", "absolute")
+ANCHORS = ("history", "ema")
+
+BLOCK = 2**17  # numbers of the direction that are corrected at a time: fits the cache
+ROUNDING = 500  # machine epsilons of mean |u|^2: a smaller damping drowns in U^T U's rounding
+LARGEST = 1e150  # a larger damping changes nothing, and its square is not finite
+
+
+def _check(name: str, value: object, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value}: must be {allowed}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+class LMLCorrection(nn.Module):
+    """Corrects one direction after another along a trajectory; holds the anchors between calls.
+
+    Args:
+        rank: r >= 0, the number of anchors; 0 returns every direction unchanged.
+        damping: lambda > 0, on the scale that `damping_scale` sets.
+        damping_scale: "relative": lambda = damping * mean_i |u_i|^2, free of units, resolution and
+            step size; "absolute": lambda = damping, as published.
+        anchor: "history": the last r uncorrected directions; "ema": the one anchor
+            u = kappa * g_previous + (1 - kappa) * g, as published.
+        kappa: in [0, 1], of `anchor="ema"`. At 0 the anchor is g itself, d is parallel to g, and
+            the norm-preserving correction is the identity.
+        norm_preserving: scale d to the norm of g.
+        freeze: in [0, 1]; no correction while timestep >= (1 - freeze) * num_train_timesteps.
+        num_train_timesteps: T, the number of training timesteps; used by `freeze` alone.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 2,
+        damping: float = 8.0,
+        damping_scale: str = "relative",
+        anchor: str = "history",
+        kappa: float = 0.0,
+        norm_preserving: bool = True,
+        freeze: float = 0.0,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+        _check("rank", rank, whole and rank >= 0, "a whole number >= 0")
+        positive = _is_real(damping) and math.isfinite(damping) and damping > 0
+        _check("damping", damping, positive, "a finite number > 0")
+        _check(
+            "damping_scale",
+            damping_scale,
+            damping_scale in DAMPING_SCALES,
+            f"one of {', '.join(DAMPING_SCALES)}",
+        )
+        _check("anchor", anchor, anchor in ANCHORS, f"one of {', '.join(ANCHORS)}")
+        _check("kappa", kappa, _is_real(kappa) and 0 <= kappa <= 1, "in [0, 1]")
+        _check("norm_preserving", norm_preserving, isinstance(norm_preserving, bool), "a boolean")
+        _check("freeze", freeze, _is_real(freeze) and 0 <= freeze <= 1, "in [0, 1]")
+        _check("rank", rank, anchor == "history" or rank <= 1, "0 or 1 with anchor=ema")
+        self.rank = int(rank)
+        self.damping = float(damping)
+        self.damping_scale = damping_scale
+        self.anchor = anchor
+        self.kappa = float(kappa)
+        self.norm_preserving = norm_preserving
+        self.freeze = float(freeze)
+        self.num_train_timesteps = num_train_timesteps
+        self.history: list[Tensor] = []  # the last uncorrected directions, oldest first
+
+    def extra_repr(self) -> str:
+        return (
+            f"rank={self.rank}, damping={self.damping} ({self.damping_scale}), "
+            f"anchor={self.anchor}, kappa={self.kappa}, "
+            f"norm_preserving={self.norm_preserving}, freeze={self.freeze}"
+        )
+
+    def reset(self) -> None:
+        """Forget all anchors: the next direction is the first of a trajectory."""
+        self.history.clear()
+
+    def forward(self, direction: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The corrected direction g', of the shape (B, ...), type and device of `direction`.
+
+        The first direction of a trajectory has no anchors and is returned unchanged. Samples of
+        the batch do not influence one another.
+
+        Args:
+            direction: g, a floating-point tensor (B, ...).
+            timestep: the step's training timestep in [0, T]; needed when `freeze` > 0.
+
+        Raises:
+            ValueError: the shape differs from that of the anchors held (`reset` first), or
+                `freeze` > 0 and there is no timestep.
+        """
+        if self.rank == 0:
+            return direction
+        if self.history and self.history[-1].shape != direction.shape:
+            raise ValueError(
+                f"direction of shape {tuple(direction.shape)} after one of "
+                f"{tuple(self.history[-1].shape)}: reset() starts a new trajectory"
+            )
+        anchors = list(self.history)
+        self.history.append(direction.clone())
+        del self.history[: -self.rank]
+        if self._frozen(timestep):
+            return direction
+        if self.anchor == "ema":
+            if self.norm_preserving and (self.kappa == 0 or not anchors):
+                return direction  # u = g; the rounding of a tiny d would be scaled to full size
+            anchors = anchors or [direction]
+        if not anchors:
+            return direction
+
+        corrected = torch.empty_like(direction)
+        size = max(1, BLOCK * len(direction) // max(direction.numel(), 1))
+        for start in range(0, len(direction), size):
+            block = slice(start, start + size)
+            corrected[block] = self._correct([u[block] for u in anchors], direction[block])
+        return corrected
+
+    def _frozen(self, timestep: float | Tensor | None) -> bool:
+        if self.freeze == 0:
+            return False
+        if timestep is None:
+            raise ValueError(f"freeze={self.freeze}: needs the timestep of each direction")
+        return float(timestep) >= (1 - self.freeze) * self.num_train_timesteps
+
+    def _correct(self, anchors: list[Tensor], direction: Tensor) -> Tensor:
+        """g' of a few samples (b, ...), not yet in the type of `direction`."""
+        # Apple's GPUs have no float64.
+        dtype = torch.float32 if direction.device.type == "mps" else torch.float64
+        r = len(anchors)
+        vectors = direction.new_empty((len(direction), r + 1, direction[0].numel()), dtype=dtype)
+        for row, vector in enumerate([*anchors, direction]):
+            vectors[:, row] = vector.flatten(1)
+        if self.anchor == "ema":
+            vectors[:, 0].lerp_(vectors[:, 1], 1 - self.kappa)
+
+        anchor_scale = direction_scale = 1.0
+        if direction.dtype == torch.float64:  # of the other types all squares are finite here
+            anchor_scale = _power_of_two(vectors[:, :r])
+            direction_scale = _power_of_two(vectors[:, r:])
+            vectors[:, :r] /= anchor_scale
+            vectors[:, r:] /= direction_scale
+
+        gram = vectors @ vectors.mT
+        gram, projection = gram[:, :r, :r], gram[:, :r, r:]  # U^T U and U^T g
+        mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        scale = mean_square if self.damping_scale == "relative" else anchor_scale**-2
+        damping = torch.full_like(mean_square, self.damping) * scale
+        damping = torch.maximum(damping, ROUNDING * torch.finfo(dtype).eps * mean_square)
+        damping = torch.where(damping > 0, damping, 1.0).clamp(max=LARGEST)
+
+        identity = torch.eye(r, dtype=dtype, device=direction.device)
+        factor, _ = torch.linalg.cholesky_ex(gram + damping * identity)
+        weights = torch.cholesky_solve(projection, factor)
+        # d = g - U weights
+        d = torch.cat([-weights, torch.ones_like(weights[:, :1])], 1).mT @ vectors
+        if self.norm_preserving:
+            norm = torch.linalg.vector_norm(vectors[:, r:], dim=2, keepdim=True)
+            norm_d = torch.linalg.vector_norm(d, dim=2, keepdim=True)
+            d = d * torch.where(norm_d > 0, norm / norm_d, 1.0)
+        limit = torch.finfo(direction.dtype).max  # |g| may exceed it where no number of g does
+        return (d * direction_scale).clamp(-limit, limit).view_as(direction)
+
+
+def _power_of_two(vectors: Tensor) -> Tensor:
+    """The power of two at or below the largest number of each sample, (b, n, D) -> (b, 1, 1)."""
+    _, exponent = torch.frexp(vectors.abs().amax((1, 2), keepdim=True))
+    return torch.exp2(exponent.to(vectors.dtype) - 1)

@@ -1,0 +1,1 @@
+"""Image sets, prompt sets and reference statistics."""

@@ -1,0 +1,75 @@
+"""CIFAR-10 as uint8 tensors, from a folder of lossless PNG sheets or from torchvision's copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lml.data.assets import ROOT
+from lml.errors import UserError
+
+SEARCHED = (Path("data/cifar10"), Path("../shared/data/cifar10"))
+SHEETS = {
+    "train": [f"data_batch_{k}.png" for k in range(1, 6)],
+    "test": ["test_batch.png"],
+}
+
+
+def _sheet(path: Path) -> np.ndarray:
+    """One sheet: row k is image k, its 32x32 pixels laid out row by row."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as sheet:
+            return np.asarray(sheet.convert("RGB")).reshape(-1, 32, 32, 3)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a sheet of CIFAR-10 images ({error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def find(path: str | Path | None = None) -> Path | None:
+    """The folder that holds CIFAR-10 (`path`, or the first of `SEARCHED`), or None."""
+    for folder in [Path(path)] if path is not None else [ROOT / p for p in SEARCHED]:
+        if (folder / "data_batch_1.png").is_file() or (folder / "cifar-10-batches-py").is_dir():
+            return folder
+    return None
+
+
+def load(
+    split: str = "train",
+    path: str | Path | None = None,
+    download: bool = False,
+    key: str = "data",
+) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of `split`, "train" or "test".
+
+    `path` is a folder of PNG sheets or the root of torchvision's `CIFAR10`; without it the
+    places in `SEARCHED` are tried. `download=True` lets torchvision fetch what is missing.
+    Raises UserError when there is nothing to read, or it is broken; `key` is the part of the
+    configuration that its message points to.
+    """
+    folder = find(path)
+    if folder is not None and (folder / "data_batch_1.png").is_file():
+        images = np.concatenate([_sheet(folder / name) for name in SHEETS[split]])
+        labels = np.load(folder / f"{split}_labels.npy")
+    elif folder is not None or download:
+        from torchvision.datasets import CIFAR10
+
+        root = folder or Path(path or ROOT / SEARCHED[0])
+        try:
+            dataset = CIFAR10(root, train=split == "train", download=download)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{key}.path={root}: {' '.join(str(error).split())}") from None
+        images, labels = dataset.data, np.asarray(dataset.targets)
+    else:
+        places = path or " or ".join(map(str, SEARCHED))
+        raise UserError(
+            f"{key}.path={path}: no CIFAR-10 in {places}; name its folder, "
+            f"or let torchvision fetch it with {key}.download=true"
+        )
+    images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,17 @@
+"""What a user did wrong, said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: the key, the value, and what is allowed."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The names in `choices` closest to `name`, comma separated; all of them when none is close."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    return ", ".join(close or choices)

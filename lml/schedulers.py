@@ -1,0 +1,271 @@
+"""The correction inside diffusers' schedulers: `LML` before diffusers' own name.
+
+    pipe.scheduler = LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.config, rank=2)
+
+Each class is its diffusers parent with the options of `lml.correction.LMLCorrection` and `target`
+beside the parent's own. `target` says which direction g is corrected:
+
+- "prediction": the network's output (after guidance), before the solver sees it;
+- "increment": the solver's whole step, x_s = A x_t + g with A the solver's own scalar;
+- "direction": the re-noising term alone, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
+
+With `rank=0` a scheduler is its parent, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    IPNDMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+# A pipeline that holds one of these classes finds its loader by this name in this module.
+from diffusers import SchedulerMixin as SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from lml.correction import LMLCorrection
+
+
+def _options() -> list[inspect.Parameter]:
+    """The keyword options that LML adds to a scheduler."""
+    options = dict(inspect.signature(LMLCorrection).parameters)
+    del options["num_train_timesteps"]  # the scheduler's own
+    options["target"] = inspect.Parameter(
+        "target", inspect.Parameter.KEYWORD_ONLY, default="prediction"
+    )
+    return [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
+
+
+OPTIONS = tuple(option.name for option in _options())
+
+
+def _like(parent: Callable, method: Callable) -> Callable:
+    """`method` under the name and signature of `parent`: pipelines inspect what they may pass."""
+
+    @functools.wraps(parent)
+    def like(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return like
+
+
+class LMLSchedulerMixin:
+    """Goes before a diffusers scheduler among the bases of a class: `class X(Mixin, Parent)`.
+
+    Raises (when the scheduler is made):
+        ValueError: an option out of its range, or a `target` that the solver has no meaning for.
+    """
+
+    targets: tuple[str, ...] = ("prediction",)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if LMLSchedulerMixin not in cls.__bases__:
+            return
+        parent = cls.__bases__[-1]
+        cls.step = _like(parent.step, LMLSchedulerMixin.step)
+        cls.set_timesteps = _like(parent.set_timesteps, LMLSchedulerMixin.set_timesteps)
+
+        # The undecorated one, so that the configuration is registered once, by this class.
+        parent_init = inspect.unwrap(parent.__init__)
+
+        def __init__(self, *args, **kwargs):
+            defaults = {option.name: option.default for option in _options()}
+            options = {name: kwargs.pop(name, default) for name, default in defaults.items()}
+            target = options.pop("target")
+            self._check_target(target)
+            # Before the parent's __init__: some set their timesteps there.
+            self.correction = LMLCorrection(
+                **options, num_train_timesteps=self.config.num_train_timesteps
+            )
+            parent_init(self, *args, **kwargs)
+
+        own = inspect.signature(parent_init)
+        __init__.__signature__ = own.replace(parameters=[*own.parameters.values(), *_options()])
+        cls.__init__ = register_to_config(__init__)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        compatibles = super()._get_compatibles()
+        siblings = LMLSchedulerMixin.__subclasses__()
+        return compatibles + [c for c in siblings if c.__bases__[-1] in compatibles or c is cls]
+
+    def _check_target(self, target: str) -> None:
+        """ValueError unless `target` has a meaning for this solver as it is configured."""
+        if target not in self.targets:
+            raise ValueError(
+                f"target={target}: {type(self).__name__} has {' and '.join(self.targets)}"
+            )
+
+    def set_timesteps(self, *args, **kwargs) -> None:
+        """As the parent's; forgets all anchors."""
+        super().set_timesteps(*args, **kwargs)
+        self.correction.reset()
+
+    def step(self, model_output: Tensor, timestep, sample: Tensor, *args, **kwargs):
+        """As the parent's, with the direction that `target` names corrected."""
+        if self.correction.rank == 0:
+            return super().step(model_output, timestep, sample, *args, **kwargs)
+        if self.config.target == "prediction":
+            prediction = self._correct_prediction(model_output, timestep, sample)
+            return super().step(prediction, timestep, sample, *args, **kwargs)
+
+        call = inspect.signature(super().step).bind(
+            # in half precision a step minus its largest part would be noise
+            model_output.to(torch.promote_types(model_output.dtype, torch.float32)),
+            timestep,
+            sample.to(torch.promote_types(sample.dtype, torch.float32)),
+            *args,
+            **kwargs,
+        )
+        return_dict = call.arguments.pop("return_dict", True)
+        output, noise = self._solve(super().step, call.arguments)
+        part, scale = self._split(output, timestep, call.arguments["sample"])
+        if scale > 0:
+            direction = self.correction((output.prev_sample - part) / scale, timestep)
+            output.prev_sample = part + scale * direction
+        output.prev_sample = output.prev_sample + noise
+        for name, value in output.items():
+            output[name] = value.to(model_output.dtype)
+        return output if return_dict else output.to_tuple()
+
+    def _correct_prediction(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
+        channels = sample.shape[1]
+        if model_output.shape[1] == 2 * channels and "variance_type" in self.config:
+            # the second half of the channels is a learned variance
+            mean, variance = model_output.split(channels, dim=1)
+            return torch.cat([self.correction(mean, timestep), variance], dim=1)
+        return self.correction(model_output, timestep)
+
+    def _solve(self, step: Callable, arguments: dict):
+        """The parent's output without the noise that it adds, and that noise."""
+        return step(**arguments), 0.0
+
+    def _split(self, output, timestep, sample: Tensor) -> tuple[Tensor, float | Tensor]:
+        """(part, scale) of prev_sample = part + scale * g; called after the parent's step."""
+        raise NotImplementedError
+
+
+class LMLDDIMScheduler(LMLSchedulerMixin, DDIMScheduler):
+    """DDIM (arXiv 2010.02502) with LML; A = alpha_s / alpha_t."""
+
+    targets = ("prediction", "increment", "direction")
+
+    def _solve(self, step: Callable, arguments: dict):
+        output = step(**arguments)
+        if not arguments.get("eta"):
+            return output, 0.0
+        silent = dict(
+            arguments, variance_noise=torch.zeros_like(arguments["sample"]), generator=None
+        )
+        noiseless = step(**silent)
+        return noiseless, output.prev_sample - noiseless.prev_sample
+
+    def _split(self, output, timestep, sample):
+        previous = timestep - self.config.num_train_timesteps // self.num_inference_steps
+        alphas = self.alphas_cumprod
+        alpha_s = (alphas[previous] if previous >= 0 else self.final_alpha_cumprod) ** 0.5
+        if self.config.target == "increment":
+            return alpha_s / alphas[timestep] ** 0.5 * sample, 1.0
+        return alpha_s * output.pred_original_sample, (1 - alpha_s**2) ** 0.5
+
+
+def _scalar(scheduler, integrates_x0: bool) -> Tensor:
+    """A of an exponential integrator: sigma_s / sigma_t of x0, alpha_s / alpha_t of the noise."""
+    index = scheduler.step_index - 1  # the parent's step has moved on
+    alpha_t, sigma_t = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index])
+    alpha_s, sigma_s = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index + 1])
+    return sigma_s / sigma_t if integrates_x0 else alpha_s / alpha_t
+
+
+class LMLDPMSolverMultistepScheduler(LMLSchedulerMixin, DPMSolverMultistepScheduler):
+    """DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095), multistep, with LML."""
+
+    targets = ("prediction", "increment")
+
+    def _check_target(self, target):
+        super()._check_target(target)
+        if target != "prediction" and self.config.algorithm_type.startswith("sde"):
+            raise ValueError(
+                f"target={target}: not with algorithm_type={self.config.algorithm_type}"
+            )
+
+    def _split(self, output, timestep, sample):
+        return _scalar(self, self.config.algorithm_type == "dpmsolver++") * sample, 1.0
+
+
+class LMLDPMSolverSinglestepScheduler(LMLSchedulerMixin, DPMSolverSinglestepScheduler):
+    """DPM-Solver and DPM-Solver++, singlestep, with LML."""
+
+
+class LMLUniPCMultistepScheduler(LMLSchedulerMixin, UniPCMultistepScheduler):
+    """UniPC (arXiv 2302.04867) with LML; the increment is the predictor's."""
+
+    targets = ("prediction", "increment")
+
+    def _split(self, output, timestep, sample):
+        # the predictor starts from the sample that the corrector has just revised
+        return _scalar(self, self.config.predict_x0) * self.last_sample, 1.0
+
+
+class LMLDEISMultistepScheduler(LMLSchedulerMixin, DEISMultistepScheduler):
+    """DEIS (arXiv 2204.13902) with LML."""
+
+    targets = ("prediction", "increment")
+
+    def _split(self, output, timestep, sample):
+        return _scalar(self, integrates_x0=False) * sample, 1.0
+
+
+class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
+    """PNDM (arXiv 2202.09778) with LML."""
+
+
+class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
+    """Improved PNDM with LML; its own noise schedule, as in diffusers."""
+
+
+class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):
+    """Euler's method in sigma (arXiv 2206.00364) with LML; A = 1."""
+
+    targets = ("prediction", "increment")
+
+    def _solve(self, step, arguments):
+        if arguments.get("s_churn"):
+            raise ValueError(f"target=increment: not with s_churn={arguments['s_churn']}")
+        return step(**arguments), 0.0
+
+    def _split(self, output, timestep, sample):
+        return sample, 1.0
+
+
+class LMLHeunDiscreteScheduler(LMLSchedulerMixin, HeunDiscreteScheduler):
+    """Heun's method in sigma (arXiv 2206.00364) with LML, at each of its two evaluations."""
+
+
+class LMLFlowMatchEulerDiscreteScheduler(LMLSchedulerMixin, FlowMatchEulerDiscreteScheduler):
+    """Euler's method on a flow-matching model (arXiv 2403.03206) with LML; A = 1."""
+
+    targets = ("prediction", "increment")
+
+    def _check_target(self, target):
+        super()._check_target(target)
+        if target != "prediction" and self.config.stochastic_sampling:
+            raise ValueError(f"target={target}: not with stochastic_sampling=True")
+
+    def _split(self, output, timestep, sample):
+        return sample, 1.0
