@@ -1,0 +1,336 @@
+"""The correction against its formula in float64, and every numeric bound that it promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lml.correction import LMLCorrection
+
+DTYPES = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def by_inverse(
+    anchors: list[Tensor], g: Tensor, damping: float, relative: bool = True, normed: bool = True
+) -> Tensor:
+    """d = lambda H^-1 g with the D x D matrix H itself, float64: no Woodbury, no batch."""
+    rows = []
+    for b in range(len(g)):
+        U = torch.stack([u[b].double().flatten() for u in anchors], 1)
+        lam = damping * (U**2).sum(0).mean() if relative else damping
+        H = U @ U.T + lam * torch.eye(len(U), dtype=torch.float64)
+        d = lam * torch.linalg.solve(H, g[b].double().flatten())
+        rows.append(d * g[b].double().norm() / d.norm() if normed else d)
+    return torch.stack(rows).view_as(g)
+
+
+def by_least_squares(anchors: list[Tensor], g: Tensor, damping: float, relative: bool) -> Tensor:
+    """g' through the ridge regression of g on the anchors, by QR: good at any small damping."""
+    rows = []
+    for b in range(len(g)):
+        U = torch.stack([u[b].double().flatten() for u in anchors], 1)
+        lam = damping * (U**2).sum(0).mean() if relative else torch.tensor(damping).double()
+        padded = torch.cat([U, lam.sqrt() * torch.eye(U.shape[1], dtype=torch.float64)])
+        target = torch.cat([g[b].double().flatten(), torch.zeros(U.shape[1], dtype=torch.float64)])
+        y = torch.linalg.lstsq(padded, target[:, None], driver="gelsd").solution
+        d = g[b].double().flatten() - (U @ y)[:, 0]
+        rows.append(d * g[b].double().norm() / d.norm())
+    return torch.stack(rows).view_as(g)
+
+
+def naive(anchors: list[Tensor], g: Tensor, damping: float, relative: bool = True) -> Tensor:
+    """Woodbury as it is written, in the type of the input: what must not be used."""
+    U = torch.stack([u.flatten(1) for u in anchors], 2)
+    v = g.flatten(1)[:, :, None]
+    lam = damping * (U**2).sum(1).mean(1)[:, None, None] if relative else damping
+    eye = torch.eye(U.shape[2], dtype=g.dtype)
+    d = v - U @ torch.linalg.solve_ex(lam * eye + U.mT @ U, U.mT @ v)[0]
+    return (d * v.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)).view_as(g)
+
+
+def last(correction: LMLCorrection, directions: list[Tensor]) -> Tensor:
+    for direction in directions:
+        corrected = correction(direction)
+    return corrected
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Largest relative error of a sample."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
+
+
+def directions(count: int, seed: int, shape=(3, 2, 4, 4)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_equals_the_inverse_of_the_hessian(dtype, rank, scale, normed):
+    inputs = [v.to(dtype) for v in directions(rank + 3, seed=rank)]
+    correction = LMLCorrection(rank, 0.7, scale, norm_preserving=normed)
+    corrected = last(correction, inputs)
+    assert corrected.dtype == dtype
+    expected = by_inverse(inputs[-1 - rank : -1], inputs[-1], 0.7, scale == "relative", normed)
+    assert error(corrected, expected) < DTYPES[dtype]
+
+
+def test_history_grows_to_the_rank_and_holds_uncorrected_directions():
+    inputs = directions(5, seed=1)
+    correction = LMLCorrection(rank=3, damping=2.0)
+    for k, g in enumerate(inputs):
+        corrected = correction(g)
+        anchors = inputs[max(0, k - 3) : k]
+        expected = by_inverse(anchors, g, 2.0) if anchors else g
+        assert error(corrected, expected) < 1e-10
+    correction.reset()
+    assert torch.equal(correction(inputs[0]), inputs[0])
+
+
+def test_anchors_are_copies():
+    inputs = directions(2, seed=2)
+    kept = LMLCorrection(rank=1)
+    mutated = LMLCorrection(rank=1)
+    first = inputs[0].clone()
+    kept(inputs[0])
+    mutated(first)
+    first.zero_()
+    assert torch.equal(kept(inputs[1]), mutated(inputs[1]))
+
+
+@pytest.mark.parametrize("kappa", [0.1, 0.5, 1.0])
+def test_ema_mixes_the_previous_direction_into_the_anchor(kappa):
+    inputs = directions(4, seed=3)
+    correction = LMLCorrection(1, 0.3, anchor="ema", kappa=kappa)
+    for k, g in enumerate(inputs):
+        corrected = correction(g)
+        expected = g if k == 0 else by_inverse([kappa * inputs[k - 1] + (1 - kappa) * g], g, 0.3)
+        assert error(corrected, expected) < 1e-8
+
+
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+@pytest.mark.parametrize("damping", [1e-12, 5e-5, 1.0])
+def test_ema_with_kappa_0_is_the_identity(scale, damping):
+    correction = LMLCorrection(1, damping, scale, "ema", 0.0)
+    for g in directions(3, seed=4, shape=(2, 3, 32, 32)):
+        assert torch.equal(correction(g.float()), g.float())
+
+
+def test_ema_with_kappa_0_shrinks_without_norm_preservation():
+    (g,) = directions(1, seed=5)
+    shrunk = LMLCorrection(1, 0.25, anchor="ema", norm_preserving=False)(g)
+    torch.testing.assert_close(shrunk, g * 0.25 / 1.25)
+
+
+@st.composite
+def trajectories(draw):
+    """Float32 directions [u_1 ... u_r, g] whose cosines, and sizes, are drawn from wide ranges."""
+    rank = draw(st.integers(1, 4))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    size = draw(st.sampled_from([1, 5, 48, 700]))
+    vectors = [torch.randn(2, size, generator=generator, dtype=torch.float64)]
+    for _ in range(rank):
+        noise = draw(st.sampled_from([0.0, 1e-3, 0.1, 1.0, 30.0]))
+        fresh = torch.randn(2, size, generator=generator, dtype=torch.float64)
+        vectors.append(vectors[-1] + noise * fresh)
+    scale = 10.0 ** draw(st.integers(-15, 15))
+    return [(v * scale).float() for v in vectors]
+
+
+def largest_cosine(vectors: list[Tensor]) -> float:
+    """The cosine of g to the span of its anchors: the bound holds for every combination of them."""
+    worst = 0.0
+    for b in range(len(vectors[0])):
+        U = torch.stack([u[b].double() for u in vectors[:-1]], 1)
+        q, s, _ = torch.linalg.svd(U, full_matrices=False)
+        q = q[:, s > 1e-9 * s[0]]
+        g = vectors[-1][b].double()
+        worst = max(worst, ((q.T @ g).norm() / g.norm()).item())
+    return worst
+
+
+@settings(max_examples=150, deadline=None)
+@given(trajectories(), st.integers(-12, 12), st.booleans())
+def test_float32_agrees_with_a_second_method_in_float64(vectors, exponent, relative):
+    damping = 10.0**exponent
+    mean_square = max(
+        torch.stack([u.double().square().sum(1) for u in vectors[:-1]]).mean(0).max().item(), 1e-300
+    )
+    small = damping < 0.1 if relative else damping < 0.1 * mean_square
+    if small and largest_cosine(vectors) > 0.99:
+        return
+    scale = "relative" if relative else "absolute"
+    corrected = last(LMLCorrection(len(vectors) - 1, damping, scale), vectors)
+    expected = by_least_squares(vectors[:-1], vectors[-1], damping, relative)
+    assert error(corrected, expected) < 1e-4
+
+
+def test_the_naive_float32_formula_fails_where_ours_holds():
+    base, other, g = directions(3, seed=6, shape=(4, 3072))
+    anchors = [base.float(), (base + 1e-3 * other).float()]
+    g = g.float()
+    expected = by_least_squares(anchors, g, 1e-12, True)
+    assert error(last(LMLCorrection(2, 1e-12), [*anchors, g]), expected) < 1e-4
+    failed = naive(anchors, g, 1e-12)
+    assert not error(failed, expected) < 1e-4
+
+    # The published case: the anchor is g itself, damping far below |g|^2.
+    failed = naive([g], g, 1e-3 / 3072)
+    assert not error(failed, g) < 1e-4
+    assert error(LMLCorrection(1, 1e-3, "absolute", "ema", 0.0)(g), g) == 0
+
+
+extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e19, 3.4e38])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(extremes, min_size=2, max_size=4),
+    st.integers(-300, 300),
+    st.booleans(),
+    st.sampled_from(list(DTYPES)),
+    st.sampled_from(["history", "ema"]),
+    st.floats(0, 1),
+    st.integers(0, 2**31),
+)
+def test_finite_input_gives_finite_output(sizes, exponent, relative, dtype, anchor, kappa, seed):
+    limit = torch.finfo(dtype).max
+    generator = torch.Generator().manual_seed(seed)
+    correction = LMLCorrection(
+        1 if anchor == "ema" else 3,
+        10.0**exponent,
+        "relative" if relative else "absolute",
+        anchor,
+        kappa,
+    )
+    for size in sizes:
+        size = size**7 if dtype == torch.float64 else size
+        g = (torch.rand(2, 6, generator=generator, dtype=torch.float64) * 2 - 1) * size
+        corrected = correction(g.clamp(-limit, limit).to(dtype))
+        assert corrected.isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_equal_anchors_and_zeros(rank):
+    (u, g) = directions(2, seed=7)
+    correction = LMLCorrection(rank, 1e-12)
+    repeated = last(correction, [u.float()] * rank + [g.float()])
+    assert error(repeated, by_least_squares([u.float()], g.float(), 1e-12, True)) < 1e-5
+    zero = torch.zeros_like(g)
+    assert torch.equal(last(LMLCorrection(rank), [u, u, zero]), zero)
+    assert torch.equal(last(LMLCorrection(rank), [zero] * rank + [g]), g)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trajectories(), st.integers(-12, 12))
+def test_the_norm_is_preserved(vectors, exponent):
+    corrected = last(LMLCorrection(len(vectors) - 1, 10.0**exponent), vectors)
+    norm = vectors[-1].double().norm(dim=1)
+    ratio = corrected.double().norm(dim=1) / norm
+    assert torch.all((ratio - 1).abs() < 1e-6)
+
+
+def test_samples_do_not_influence_one_another():
+    # More numbers than one block holds, so that blocks are covered too.
+    inputs = [v.float() for v in directions(3, seed=8, shape=(100, 3, 32, 32))]
+    together = last(LMLCorrection(2, 0.5), inputs)
+    for k in (0, 41, 42, 43, 99):
+        alone = last(LMLCorrection(2, 0.5), [v[k : k + 1] for v in inputs])
+        assert error(alone, together[k : k + 1]) < 1e-6
+    poisoned = [v.clone() for v in inputs]
+    poisoned[0][50] = math.nan
+    rest = last(LMLCorrection(2, 0.5), poisoned)
+    others = torch.arange(100) != 50
+    assert torch.equal(rest[others], together[others])
+
+
+def test_half_precision_is_the_rounding_of_float32():
+    for dtype in (torch.float16, torch.bfloat16):
+        halves = [v.to(dtype) for v in directions(3, seed=9)]
+        expected = last(LMLCorrection(2), [v.float() for v in halves]).to(dtype)
+        assert torch.equal(last(LMLCorrection(2), halves), expected)
+
+
+def test_limits_of_the_damping():
+    inputs = directions(3, seed=10)
+    assert error(last(LMLCorrection(2, 1e12), inputs), inputs[-1]) < 1e-9
+    residual = last(LMLCorrection(2, 1e-12, norm_preserving=False), inputs)
+    for u in inputs[:2]:
+        assert (residual * u).flatten(1).sum(1).abs().max() < 1e-9
+
+
+def test_memory_format_does_not_matter():
+    inputs = [v.float() for v in directions(3, seed=11)]
+    strided = [v.contiguous(memory_format=torch.channels_last) for v in inputs]
+    assert torch.equal(last(LMLCorrection(2), inputs), last(LMLCorrection(2), strided))
+
+
+def test_gradients_flow():
+    u, g = directions(2, seed=12, shape=(2, 5))
+    g.requires_grad_(True)
+    torch.autograd.gradcheck(lambda g: last(LMLCorrection(1, 0.5), [u, g]), (g,))
+
+
+def test_freeze():
+    u, g = directions(2, seed=13)
+    frozen, free = LMLCorrection(1, freeze=0.3), LMLCorrection(1, freeze=0.3)
+    frozen(u, 900), free(u, 900)
+    assert torch.equal(frozen(g, torch.tensor(700)), g)
+    assert not torch.equal(free(g, 699), g)
+    always = LMLCorrection(1, freeze=1)
+    always(u, 1)
+    assert torch.equal(always(g, 0), g)
+    with pytest.raises(ValueError, match="freeze"):
+        LMLCorrection(1, freeze=0.3)(u)
+
+
+def test_rank_0_returns_its_argument():
+    (g,) = directions(1, seed=14)
+    correction = LMLCorrection(rank=0)
+    assert correction(g) is g and correction(g) is g
+
+
+def test_another_shape_needs_a_reset():
+    correction = LMLCorrection()
+    correction(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="reset"):
+        correction(torch.ones(4, 3))
+    correction.reset()
+    correction(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"rank": -1},
+        {"rank": 1.5},
+        {"rank": True},
+        {"rank": "2"},
+        {"damping": 0},
+        {"damping": -1.0},
+        {"damping": math.nan},
+        {"damping": math.inf},
+        {"damping": "8"},
+        {"damping_scale": "log"},
+        {"anchor": "mean"},
+        {"kappa": 1.1},
+        {"kappa": -0.1},
+        {"kappa": math.nan},
+        {"freeze": 2},
+        {"freeze": math.nan},
+        {"norm_preserving": "yes"},
+        {"anchor": "ema", "rank": 2},
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(option):
+    with pytest.raises(ValueError, match=f"^{list(option)[-1]}="):
+        LMLCorrection(**option)
