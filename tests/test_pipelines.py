@@ -1,0 +1,193 @@
+"""LML schedulers inside real diffusers pipelines: made, swapped in, sampled, saved and loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+
+from lml import schedulers
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "cat</w>", "dog</w>"]
+# What Stable Diffusion runs on; FlowMatchEuler and IPNDM have noise schedules of their own.
+FOR_STABLE_DIFFUSION = [
+    cls
+    for cls in schedulers.LMLSchedulerMixin.__subclasses__()
+    if cls.__bases__[-1] in PNDMScheduler().compatibles
+]
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """A tiny Stable Diffusion 1.5 with random weights and a vocabulary of five words."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.json").write_text(
+        "{" + ", ".join(f'"{word}": {k}' for k, word in enumerate(WORDS)) + "}"
+    )
+    (folder / "merges.txt").write_text("#version: 0.2\nc at</w>\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
+    )
+    torch.manual_seed(0)
+    text_config = transformers.CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    blocks = {"block_out_channels": (16, 16), "norm_num_groups": 8, "layers_per_block": 1}
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            **blocks,
+        ),
+        text_encoder=transformers.CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            **blocks,
+        ),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def ddpm():
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    return DDPMPipeline(unet, DDPMScheduler())
+
+
+def sample(pipe, **options):
+    call = {
+        "num_inference_steps": 6,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "np",
+        **options,
+    }
+    pipe.set_progress_bar_config(disable=True)
+    return torch.as_tensor(pipe(**call).images)
+
+
+@pytest.mark.parametrize(
+    "cls", [schedulers.LMLDDIMScheduler, schedulers.LMLDPMSolverMultistepScheduler]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ddpm_pipeline(ddpm, cls, dtype):
+    pipe = DDPMPipeline(ddpm.unet, ddpm.scheduler)
+    pipe.scheduler = cls.__bases__[-1].from_config(pipe.scheduler.config)
+    plain = sample(pipe, batch_size=2)
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, rank=0)
+    assert torch.equal(sample(pipe, batch_size=2), plain)
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, rank=2, damping=1.0)
+    corrected = sample(pipe, batch_size=2)
+    assert corrected.isfinite().all() and not torch.equal(corrected, plain)
+    pipe.to(dtype)
+    assert sample(pipe, batch_size=2).isfinite().all()
+    pipe.to(torch.float32)
+
+
+@pytest.mark.parametrize("cls", FOR_STABLE_DIFFUSION)
+@pytest.mark.parametrize("guidance", [1.0, 7.5], ids=["unguided", "guided"])
+def test_stable_diffusion(stable_diffusion, cls, guidance):
+    pipe = StableDiffusionPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    options = {"prompt": ["a cat", "a dog"], "guidance_scale": guidance}
+    pipe.scheduler = cls.__bases__[-1].from_config(stable_diffusion.scheduler.config)
+    plain = sample(pipe, **options)
+    pipe.scheduler = cls.from_config(stable_diffusion.scheduler.config, rank=0)
+    assert torch.equal(sample(pipe, **options), plain)
+    pipe.scheduler = cls.from_config(stable_diffusion.scheduler.config, rank=2, damping=1.0)
+    shapes = []
+    pipe.scheduler.correction.register_forward_hook(
+        lambda _, arguments, output: shapes.append(arguments[0].shape[0])
+    )
+    corrected = sample(pipe, **options)
+    assert corrected.isfinite().all() and not torch.equal(corrected, plain)
+    assert set(shapes) == {2}  # after guidance: one direction an image
+
+
+@pytest.mark.parametrize("cls", FOR_STABLE_DIFFUSION)
+def test_stable_diffusion_in_bfloat16(stable_diffusion, cls):
+    pipe = StableDiffusionPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    pipe.scheduler = cls.from_config(stable_diffusion.scheduler.config)
+    pipe.to(torch.bfloat16)
+    assert sample(pipe, prompt="a cat").isfinite().all()
+    pipe.to(torch.float32)
+
+
+@pytest.mark.parametrize("cls", FOR_STABLE_DIFFUSION)
+def test_image_to_image(stable_diffusion, cls):
+    pipe = StableDiffusionImg2ImgPipeline(
+        **stable_diffusion.components, requires_safety_checker=False
+    )
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    options = {"prompt": "a cat", "image": image, "strength": 0.8, "num_inference_steps": 10}
+    pipe.scheduler = cls.__bases__[-1].from_config(stable_diffusion.scheduler.config)
+    plain = sample(pipe, **options)
+    pipe.scheduler = cls.from_config(stable_diffusion.scheduler.config, rank=0)
+    assert torch.equal(sample(pipe, **options), plain)
+    pipe.scheduler = cls.from_config(stable_diffusion.scheduler.config)
+    assert sample(pipe, **options).isfinite().all()
+
+
+def test_custom_timesteps_and_sigmas(stable_diffusion):
+    pipe = StableDiffusionPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    config = stable_diffusion.scheduler.config
+    timesteps = {"prompt": "a cat", "timesteps": [900, 600, 300, 100]}
+    pipe.scheduler = schedulers.LMLDPMSolverMultistepScheduler.from_config(config)
+    assert sample(pipe, **timesteps).isfinite().all()
+    pipe.scheduler = schedulers.LMLEulerDiscreteScheduler.from_config(config)
+    assert sample(pipe, prompt="a cat", sigmas=[10.0, 3.0, 1.0, 0.3]).isfinite().all()
+
+
+def test_a_pipeline_keeps_its_lml_scheduler_on_disk(stable_diffusion, tmp_path):
+    pipe = StableDiffusionPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    pipe.scheduler = schedulers.LMLUniPCMultistepScheduler.from_config(
+        pipe.scheduler.config, rank=3, damping=4.0
+    )
+    expected = sample(pipe, prompt="a cat")
+    pipe.save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is schedulers.LMLUniPCMultistepScheduler
+    assert (loaded.scheduler.correction.rank, loaded.scheduler.correction.damping) == (3, 4.0)
+    assert torch.equal(sample(loaded, prompt="a cat"), expected)
+    swapped = StableDiffusionPipeline.from_pretrained(tmp_path, scheduler=pipe.scheduler)
+    assert torch.equal(sample(swapped, prompt="a cat"), expected)
