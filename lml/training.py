@@ -6,6 +6,7 @@ average, the log, and a checkpoint from which a later sitting goes on.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -16,7 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    UNet2DModel,
+)
 from diffusers.training_utils import EMAModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -25,6 +32,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from lml.data import cifar10
+from lml.data.statistics import make_reference
+from lml.metrics.frechet import load_features
 
 
 @dataclass
@@ -253,11 +262,16 @@ def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, patch: int, count: 
     return F.pixel_shuffle(sample, patch)
 
 
+def export(network: ModelMixin, folder: Path) -> None:
+    """Write `network` in half precision, in shards small enough for git."""
+    copy.deepcopy(network).half().save_pretrained(folder, max_shard_size="15MB")
+
+
 def run_denoiser(cfg: DictConfig) -> None:
-    """Train the denoiser of `cfg` and write it as a diffusers pipeline folder, `run_dir/model`."""
+    """Train the denoiser of `cfg`; `run_dir/model` is a diffusers pipeline folder at every save."""
     images, _ = cifar10.load("train", cfg.data.path, cfg.data.download)
     out, device = Path(cfg.run_dir), pick_device(cfg.device)
-    torch.manual_seed(cfg.get("seed", 0))
+    torch.manual_seed(0)
     unet, scheduler = instantiate(cfg.unet, _convert_="all"), instantiate(cfg.scheduler)
     patch = images.shape[-1] // unet.config.sample_size
 
@@ -267,7 +281,9 @@ def run_denoiser(cfg: DictConfig) -> None:
         save_image(
             grid.cpu() / 2 + 0.5, out / "grids" / f"{record['images']:09d}.png", nrow=8, padding=2
         )
+        # The pipeline writes its index and the scheduler; the weights over its own go in half.
         DDPMPipeline(model, scheduler).save_pretrained(out / "model")
+        export(model, out / "model" / "unet")
         return {
             "sample_mean": round(grid.mean().item(), 3),
             "sample_std": round(grid.std().item(), 3),
@@ -279,11 +295,11 @@ def run_denoiser(cfg: DictConfig) -> None:
 
 
 def run_features(cfg: DictConfig) -> None:
-    """Train the feature network of `cfg` and write it to `run_dir/model`."""
+    """Train the feature network of `cfg`: `run_dir/model`, and `run_dir/fd_cifar.npz` beside it."""
     images, labels = cifar10.load("train", cfg.data.path, cfg.data.download)
     test_images, test_labels = cifar10.load("test", cfg.data.path, cfg.data.download)
     out, device = Path(cfg.run_dir), pick_device(cfg.device)
-    torch.manual_seed(cfg.get("seed", 0))
+    torch.manual_seed(0)
 
     @torch.no_grad()
     def on_save(model: nn.Module, record: dict) -> dict:
@@ -295,4 +311,6 @@ def run_features(cfg: DictConfig) -> None:
     network = train_classifier(
         instantiate(cfg.network), images, labels, Budget(**cfg.budget), out, on_save, device
     )
-    network.save_pretrained(out / "model")
+    export(network, out / "model")
+    # As it is read back: half precision has rounded the weights.
+    make_reference(load_features(out / "model"), images, out / "fd_cifar.npz")

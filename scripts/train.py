@@ -1,18 +1,28 @@
-"""Train the embedded denoiser or the feature network: `python scripts/train.py [train=features]`."""
+"""Train what the repository ships: `python scripts/train.py [train=denoiser|features]`.
 
-import hydra
-import torch
+The same command goes on from its own checkpoint; a larger `budget.minutes` trains longer.
+"""
+
+import sys
+from pathlib import Path
+
 from omegaconf import DictConfig
 
-from lml import training
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
+
+from lml.cli import main  # noqa: E402
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="train")
-def main(cfg: DictConfig) -> None:
+@main("train")
+def train(cfg: DictConfig) -> None:
+    import torch
+
+    from lml import training
+
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     {"denoiser": training.run_denoiser, "features": training.run_features}[cfg.task](cfg)
 
 
 if __name__ == "__main__":
-    main()
+    train()

@@ -19,7 +19,7 @@ from lml import schedulers
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "cat</w>", "dog</w>"]
+TOKENS = ["<|startoftext|>", "<|endoftext|>", *"acdgot", *(f"{letter}</w>" for letter in "acdgot")]
 # What Stable Diffusion runs on; FlowMatchEuler and IPNDM have noise schedules of their own.
 FOR_STABLE_DIFFUSION = [
     cls
@@ -30,18 +30,18 @@ FOR_STABLE_DIFFUSION = [
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
-    """A tiny Stable Diffusion 1.5 with random weights and a vocabulary of five words."""
+    """A tiny Stable Diffusion 1.5 with random weights and a vocabulary of six letters."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "vocab.json").write_text(
-        "{" + ", ".join(f'"{word}": {k}' for k, word in enumerate(WORDS)) + "}"
+        "{" + ", ".join(f'"{token}": {k}' for k, token in enumerate(TOKENS)) + "}"
     )
-    (folder / "merges.txt").write_text("#version: 0.2\nc at</w>\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
     )
     torch.manual_seed(0)
     text_config = transformers.CLIPTextConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(TOKENS),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -110,8 +110,7 @@ def sample(pipe, **options):
 @pytest.mark.parametrize(
     "cls", [schedulers.LMLDDIMScheduler, schedulers.LMLDPMSolverMultistepScheduler]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ddpm_pipeline(ddpm, cls, dtype):
+def test_ddpm_pipeline(ddpm, cls):
     pipe = DDPMPipeline(ddpm.unet, ddpm.scheduler)
     pipe.scheduler = cls.__bases__[-1].from_config(pipe.scheduler.config)
     plain = sample(pipe, batch_size=2)
@@ -120,7 +119,8 @@ def test_ddpm_pipeline(ddpm, cls, dtype):
     pipe.scheduler = cls.from_config(pipe.scheduler.config, rank=2, damping=1.0)
     corrected = sample(pipe, batch_size=2)
     assert corrected.isfinite().all() and not torch.equal(corrected, plain)
-    pipe.to(dtype)
+    # not bfloat16: the pipeline hands its images to numpy, which does not know that type
+    pipe.to(torch.float16)
     assert sample(pipe, batch_size=2).isfinite().all()
     pipe.to(torch.float32)
 

@@ -68,7 +68,7 @@ def load(
     else:
         places = path or " or ".join(map(str, SEARCHED))
         raise UserError(
-            f"{key}.path={path}: no CIFAR-10 in {places}; name its folder, "
+            f"{key}.path={path}: CIFAR-10 is not in {places}; name its folder, "
             f"or let torchvision fetch it with {key}.download=true"
         )
     images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,389 @@
+"""How fast and how lean the project is, as ratios that are each measured within one run.
+
+Both sides of a ratio take turns, a few milliseconds or one batch at a time, and the median of the
+turns' ratios is what counts: so a busy machine disturbs both alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from lml import runner
+from lml.correction import LMLCorrection
+from lml.data.assets import ROOT
+from lml.data.images import ImageFolder
+from lml.errors import UserError
+from lml.pipelines import pixel
+
+SETTINGS = {  # of a run: how it is named here, and the arguments that make it
+    "float32": ["dtype=float32"],
+    "bfloat16": ["dtype=bfloat16"],
+    "compiled": ["dtype=bfloat16", "compile=true"],
+}
+SPEED_GOALS = {"float32": 1.0, "bfloat16": 1.3, "compiled": 1.7}
+
+
+@dataclass
+class Row:
+    """One line of the table. `goal` is a bound: "<= 4" or ">= 1.3", or empty."""
+
+    measured: str
+    value: float
+    goal: str = ""
+    remark: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None without a goal."""
+        if not self.goal:
+            return None
+        relation, bound = self.goal.split()
+        return self.value <= float(bound) if relation == "<=" else self.value >= float(bound)
+
+
+# --- the correction ------------------------------------------------------------------------------
+
+
+def correction_time(shape: Sequence[int], ranks: Sequence[int], repeats: int) -> list[Row]:
+    """One call of the correction, all its anchors there, over a copy and over a solver's step.
+
+    The copy is of a float32 tensor of `shape` into memory that is there already; the step is one of
+    diffusers' DPM-Solver++(3M) at full order. All on one thread.
+    """
+    with threads(1):
+        directions = [torch.randn(*shape) for _ in range(max(ranks) + 2)]
+        corrections = {rank: LMLCorrection(rank=rank) for rank in ranks}
+        for correction in corrections.values():
+            for direction in directions:
+                correction(direction)
+        source, target = directions[0], torch.empty(*shape)
+        steps = _full_order_steps(shape)
+        seconds = {name: [] for name in ("copy", "step", *ranks)}
+        for i in range(repeats + 2):  # the first two warm up
+            turn = {"copy": _seconds(target.copy_, source), "step": next(steps)}
+            for rank, correction in corrections.items():
+                turn[rank] = _seconds(correction, directions[i % len(directions)])
+            for name, value in turn.items() if i >= 2 else ():
+                seconds[name].append(value)
+
+    size = "x".join(map(str, shape))
+    rows = []
+    for rank in ranks:
+        ratios = _ratios(seconds[rank], seconds["copy"])
+        goal = "<= 25" if rank == 2 else ""
+        rows.append(_row(f"correction at rank {rank} / copy of {size}", ratios, goal))
+    for rank in ranks:
+        ratios = _ratios(seconds[rank], seconds["step"])
+        goal = "<= 0.5" if rank == 2 else ""
+        rows.append(_row(f"correction at rank {rank} / step of DPM-Solver++(3M)", ratios, goal))
+    return rows
+
+
+def _full_order_steps(shape: Sequence[int]) -> Iterator[float]:
+    """Seconds of one step after the other, of those that are of order 3."""
+    scheduler = DPMSolverMultistepScheduler(solver_order=3, prediction_type="v_prediction")
+    sample, outputs = torch.randn(*shape), [torch.randn(*shape) for _ in range(4)]
+    while True:
+        scheduler.set_timesteps(20)
+        for i, t in enumerate(scheduler.timesteps[:-3]):
+            start = time.perf_counter()
+            scheduler.step(outputs[i % 4], t, sample)
+            if i >= 3:
+                yield time.perf_counter() - start
+
+
+def correction_memory(shape: Sequence[int], ranks: Sequence[int]) -> list[Row]:
+    """Peak memory of a whole trajectory, anchors and the corrected direction included."""
+    rows = []
+    with threads(1):
+        for rank in ranks:
+            directions = [torch.randn(*shape) for _ in range(rank + 3)]
+
+            def trajectory(rank: int = rank, directions: list[Tensor] = directions) -> None:
+                correction = LMLCorrection(rank=rank)
+                for direction in directions:
+                    correction(direction)
+
+            tensors = peak_memory(trajectory) / directions[0].nbytes
+            name = f"peak memory of the correction at rank {rank}, in samples"
+            rows.append(Row(name, tensors, f"<= {rank + 2}"))
+    return rows
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator handed out at a time during `function`, net.
+
+    Counts every allocation, those inside an operation too, as the profiler saw it.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    events = [event["args"] for event in events if event.get("name") == "[memory]"]
+    events = [args for args in events if args["Device Type"] == 0]
+    allocated = np.cumsum([args["Bytes"] for args in sorted(events, key=lambda a: a["Ev Idx"])])
+    return int(max(allocated, default=0))
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+class TakingTurns(runner.Observer):
+    """Lets `other(indices)` make the same images after every batch of a run, and times both.
+
+    The run's batch ends when its images are on the disk.
+    """
+
+    def __init__(self, folder: Path, other: Callable[[range], np.ndarray]):
+        self.folder, self.other = folder, other
+        self.ours, self.theirs, self.images = [], [], []
+
+    def begin(self, total: int) -> None:
+        self.done = 0
+        self.start = time.perf_counter()
+
+    def made(self, count: int) -> None:
+        indices = range(self.done, self.done + count)
+        while not all((self.folder / f"images/{i:06d}.png").exists() for i in indices):
+            time.sleep(1e-4)
+        now = time.perf_counter()
+        self.ours.append(now - self.start)
+        self.images.append(self.other(indices))
+        self.start = time.perf_counter()
+        self.theirs.append(self.start - now)
+        self.done += count
+
+
+class Quiet(runner.Observer):
+    """Says nothing."""
+
+    def say(self, line: str) -> None:
+        pass
+
+
+def run_speed(
+    settings: str, batches: int, model: DictConfig, arguments: Sequence[str]
+) -> tuple[list[Row], dict[str, Any]]:
+    """Images/s of a DDIM run over those of diffusers' DDIMPipeline in float32, as it comes.
+
+    Same weights, noise, steps, batch size and threads; the run stores its images, the pipeline
+    hands over arrays. The first batch, which warms up, is left out. Also the largest difference of
+    the images, in 1/255, and, without a goal, both speeds.
+    """
+    arguments = [*arguments, "solver=ddim", "lml=off", "metrics=none", *SETTINGS[settings]]
+    with run_config(model, arguments) as config:
+        config.num_images = config.batch_size * (batches + 1)
+        folder = Path(config.run_dir)
+        observer = TakingTurns(folder, ddim_pipeline(config))
+        runner.run(config, observer)
+        ours = torch.cat(list(ImageFolder(folder / "images").batches(config.batch_size)))
+    theirs = torch.from_numpy(np.concatenate(observer.images)).permute(0, 3, 1, 2)
+    difference = (ours.double() - 255 * theirs.double()).abs()
+    rates = [config.batch_size / statistics.median(s[1:]) for s in (observer.ours, observer.theirs)]
+    remark = "{:.1f} against {:.1f} images/s".format(*rates)
+    name = f"run / DDIMPipeline in float32, images/s: {settings}"
+    ratios = _ratios(observer.theirs[1:], observer.ours[1:])
+    rows = [_row(name, ratios, f">= {SPEED_GOALS[settings]}", remark)]
+    goal = "<= 1" if settings == "float32" else ""
+    name = f"largest difference of their pixels, in 1/255: {settings}"
+    rows.append(Row(name, difference.max().item(), goal, f"mean {difference.mean():.3f}"))
+    return rows, {"images_per_second": rates[0], "pipeline_images_per_second": rates[1]}
+
+
+def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
+    """DDIMPipeline on a run's checkpoint; makes the images of `indices`, (B, H, W, C) in [0, 1]."""
+    config = OmegaConf.to_container(config, resolve=True)
+    model = pixel.find(config["model"])
+    device = runner.find_device(config["device"])
+    scheduler = runner.make_scheduler(config, model)
+    pipeline = DDIMPipeline(
+        unet=model.load(device, torch.float32),
+        scheduler=DDIMScheduler.from_config(scheduler.config),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def make(indices: range) -> np.ndarray:
+        seeds = [config["seed"] + i for i in indices]
+        return pipeline(
+            batch_size=len(indices),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=config["nfe"],
+            output_type="np",
+        ).images
+
+    return make
+
+
+def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -> list[Row]:
+    """The share of its time that a run with LML spends outside the network, from timing.json."""
+    rows = []
+    for settings, options in SETTINGS.items():
+        if settings == "compiled":
+            continue  # to compile would count as network
+        with run_config(model, [*arguments, "metrics=none", *options]) as config:
+            config.num_images = config.batch_size * batches
+            timing = json.loads((runner.run(config, Quiet()) / "timing.json").read_text())
+        parts = {k: v for k, v in timing["seconds"].items() if k not in ("network", "total")}
+        total = timing["seconds"]["total"]
+        remark = ", ".join(f"{name} {100 * value / total:.1f}" for name, value in parts.items())
+        share = 100 * timing["outside_network"]
+        goal = "<= 3" if settings == "float32" else ""
+        rows.append(Row(f"share of a run outside the network, %: {settings}", share, goal, remark))
+    return rows
+
+
+def fd_change(
+    settings: str, num_images: int, model: DictConfig, arguments: Sequence[str]
+) -> list[Row]:
+    """By how much FD-CIFAR differs from that of a float32 run, in %."""
+    values = {}
+    for name in ("float32", settings):
+        options = [*arguments, "solver=ddim", "lml=off", "metrics=[fd_cifar]", *SETTINGS[name]]
+        with run_config(model, [*options, f"num_images={num_images}"]) as config:
+            folder = runner.run(config, Quiet())
+            metrics = json.loads((folder / "metrics.json").read_text())
+        values[name] = metrics["fd_cifar"]["value"]
+    change = 100 * abs(values[settings] / values["float32"] - 1)
+    remark = f"{values[settings]:.4g} against {values['float32']:.4g}, {num_images} images"
+    return [Row(f"difference of FD-CIFAR, %: {settings}", change, "<= 2", remark)]
+
+
+@contextmanager
+def run_config(model: DictConfig, arguments: Sequence[str]) -> Iterator[DictConfig]:
+    """scripts/sample.py's configuration with this model and arguments, and a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [*arguments, f"run_dir={folder}/run", "progress=false"]
+        # A Hydra script that called this has told Hydra already where the configs are.
+        ready = GlobalHydra.instance().is_initialized()
+        configs = str(ROOT / "configs")
+        with nullcontext() if ready else initialize_config_dir(configs, version_base=None):
+            config = compose("sample", arguments)
+        config.model = model
+        yield config
+
+
+# --- everything ----------------------------------------------------------------------------------
+
+
+def benchmark(cfg: DictConfig) -> list[Row]:
+    """Measure the parts that `cfg` (configs/benchmark.yaml) names; prints and returns the table."""
+    known = {"correction", "memory", "run", "outside", "fd"}
+    for part in cfg.parts:
+        if part not in known:
+            raise UserError(f"parts={part}: one of {', '.join(sorted(known))} is asked")
+    for setting in cfg.settings:
+        if setting not in SETTINGS:
+            raise UserError(f"settings={setting}: one of {', '.join(SETTINGS)} is asked")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    load = os.getloadavg()[0]
+    arguments = [f"nfe={cfg.nfe}", f"batch_size={cfg.batch_size}", "device=cpu"]
+    if cfg.threads is not None:
+        arguments.append(f"threads={cfg.threads}")
+
+    rows, speeds = [], {}
+    if "correction" in cfg.parts:
+        rows += correction_time(cfg.shape, cfg.ranks, cfg.repeats)
+    if "memory" in cfg.parts:
+        rows += correction_memory(cfg.shape, cfg.ranks)
+    for setting in cfg.settings if "run" in cfg.parts else ():
+        more, speeds[setting] = run_speed(setting, cfg.batches, cfg.model, arguments)
+        rows += more
+    if "outside" in cfg.parts:
+        rows += outside_network(cfg.batches, cfg.model, arguments)
+    for setting in cfg.settings if "fd" in cfg.parts else ():
+        if setting != "float32":
+            rows += fd_change(setting, cfg.fd_images, cfg.model, arguments)
+
+    machine = describe_machine() | {"load": round(load, 2)}
+    print(table(rows, machine))
+    if cfg.out is not None:
+        lines = [{**asdict(row), "met": row.met} for row in rows]
+        result = {"machine": machine, "rows": lines, "speeds": speeds}
+        Path(cfg.out).write_text(json.dumps(result, indent=2) + "\n")
+    return rows
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    try:
+        info = Path("/proc/cpuinfo").read_text().split("model name")[1]
+        processor = info.split(":", 1)[1].splitlines()[0].strip()
+    except (OSError, IndexError):
+        processor = platform.processor() or platform.machine()
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "processor": processor,
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
+    """The rows in Markdown, under a line about the machine."""
+    lines = [
+        "{processor}, {cores} cores ({instructions}), {threads} threads, load {load} at the "
+        "start; torch {torch}, diffusers {diffusers}, Python {python}".format(**machine),
+        "",
+        "| measured | value | goal | met | |",
+        "|---|---:|---:|---|---|",
+    ]
+    for row in rows:
+        met = {True: "yes", False: "no", None: ""}[row.met]
+        goal = row.goal.replace("<=", "≤").replace(">=", "≥")
+        lines.append(f"| {row.measured} | {row.value:.3g} | {goal} | {met} | {row.remark} |")
+    return "\n".join(lines)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use `count` CPU threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(function: Callable, *args: Any) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def _row(name: str, ratios: list[float], goal: str, remark: str = "") -> Row:
+    low, high = np.quantile(ratios, [0.25, 0.75])
+    spread = f"middle half of {len(ratios)}: {low:.3g} to {high:.3g}"
+    return Row(name, statistics.median(ratios), goal, f"{remark}; {spread}" if remark else spread)

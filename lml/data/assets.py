@@ -1,0 +1,13 @@
+"""Where the files that come with the repository lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def locate(path: str | Path) -> Path:
+    """`path` as seen from the current folder or, if it isn't there, from the repository's root."""
+    path = Path(path).expanduser()
+    return path if path.exists() else ROOT / path

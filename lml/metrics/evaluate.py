@@ -1,0 +1,146 @@
+"""Runs metrics over a folder of images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from torch import Tensor
+from torchmetrics import Metric
+
+from lml.data.images import ImageFolder
+from lml.errors import UserError
+
+
+@dataclass
+class Context:
+    """What metrics may need beside the images.
+
+    `reference_run(nfe=…, solver=…)` repeats the run at hand with that many evaluations of that
+    solver, from the same noise, and returns its folder of images; None for images without a run.
+    """
+
+    reference_run: Callable[..., Path] | None = None
+    device: str | torch.device = "cpu"
+    batch_size: int = 250
+
+
+def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
+    """Make the metrics that `metrics` describes, by name, as `_target_` and its arguments.
+
+    Metrics that exist already pass through. UserError when one cannot be made.
+    """
+    made = {}
+    for name, config in (metrics or {}).items():
+        if not isinstance(config, Metric):
+            try:
+                config = instantiate(config)
+            except HydraException as error:
+                if isinstance(error.__cause__, UserError):
+                    raise error.__cause__ from None
+                reason = str(error.__cause__ or error).splitlines()[0]
+                raise UserError(f"metrics.{name}: {reason}") from None
+        if not isinstance(config, Metric):
+            raise UserError(f"metrics.{name}: a _target_ that makes a torchmetrics Metric is asked")
+        made[name] = config
+    return made
+
+
+def evaluate(
+    images: ImageFolder | str | Path,
+    metrics: Mapping[str, Any],
+    *,
+    context: Context | None = None,
+) -> dict[str, dict]:
+    """Feed all images to all metrics in one pass, and return by name what each one says.
+
+    That is `value` (a float, or a dict of floats), `protocol`, `seconds` and, for fewer images than
+    the metric's protocol asks for, `warning`. Under torch.distributed every process reads its share
+    of the fixed batches, and all return the numbers of one process.
+
+    A metric is updated with uint8 (B, 3, H, W). One that has `reference_folder(reference_run)` is
+    given the images of the same names in that folder as second argument. It may carry a `protocol`
+    and a `num_images`. Raises UserError for an empty folder, and for a broken file or one of
+    another size, by its name.
+    """
+    context = context or Context()
+    folder = images if isinstance(images, ImageFolder) else ImageFolder(images)
+    # torchmetrics sums features in float64, which Apple's GPUs don't have
+    device = "cpu" if torch.device(context.device).type == "mps" else context.device
+    seconds, references = {}, {}
+    made = {name: metric.to(device) for name, metric in build(metrics).items()}
+    for name, metric in made.items():
+        metric.reset()
+        seconds[name] = 0.0
+        if hasattr(metric, "reference_folder"):
+            references[name] = _paired(folder, metric.reference_folder(context.reference_run), name)
+
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    error = None
+    try:
+        for block in folder.blocks(context.batch_size)[rank::world]:
+            batch = folder.load(block).to(device)
+            for name, metric in made.items():
+                start = time.perf_counter()
+                paired = (references[name].load(block).to(device),) if name in references else ()
+                metric.update(batch, *paired)
+                seconds[name] += time.perf_counter() - start
+    except UserError as caught:
+        error = caught
+    _raise_together(error)
+
+    results = {}
+    for name, metric in made.items():
+        start = time.perf_counter()
+        value = _floats(metric.compute())
+        seconds[name] += time.perf_counter() - start
+        protocol = getattr(metric, "protocol", {"metric": type(metric).__name__})
+        results[name] = {
+            "value": value,
+            "protocol": {**protocol, "images": len(folder)},
+            "seconds": round(seconds[name], 3),
+        }
+        if len(folder) < getattr(metric, "num_images", 0):
+            results[name]["warning"] = (
+                f"{len(folder)} images; the protocol asks for {metric.num_images}"
+            )
+    return results
+
+
+def _paired(folder: ImageFolder, path: Path, name: str) -> ImageFolder:
+    reference = ImageFolder(path)
+    missing = sorted(set(folder.names) - set(reference.names))
+    if missing:
+        raise UserError(f"metrics=[{name}]: the reference {path} has no {missing[0]}")
+    if reference.size != folder.size:
+        (height, width), (h, w) = folder.size, reference.size
+        raise UserError(f"metrics=[{name}]: {path} has {w}x{h} pixels; {width}x{height} is needed")
+    return reference
+
+
+def _floats(value: Any) -> float | dict[str, float]:
+    if isinstance(value, Mapping):
+        return {name: _floats(v) for name, v in value.items()}
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _raise_together(error: UserError | None) -> None:
+    """Raise it in every process: the others would wait forever for the one that left."""
+    errors = [error]
+    if _distributed():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise error

@@ -1,0 +1,1 @@
+"""What turns seeds into images."""

@@ -1,0 +1,603 @@
+"""A run: seeds to batches to images in a run folder; over processes, resumed, counted and timed."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import importlib.metadata
+import inspect
+import io
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import SchedulerMixin
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import nn
+from torchvision.utils import make_grid
+
+from lml import __version__
+from lml.data.assets import ROOT
+from lml.data.images import read
+from lml.errors import UserError, nearest
+from lml.metrics.evaluate import Context, build, evaluate
+from lml.pipelines import pixel
+from lml.store import (
+    RunError,
+    RunFolder,
+    Writer,
+    merge_json,
+    read_config,
+    read_json,
+    settings_hash,
+    write_atomic,
+    write_json,
+)
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
+GRID = (
+    "timestep_spacing",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
+PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra-core")
+
+
+# --- what the user asked for -----------------------------------------------------------------
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Raise UserError for a top-level value that is out of its range."""
+    check_whole(cfg, {"num_images": 1, "batch_size": 1, "nfe": 1, "seed": 0})
+    for key in ("compile", "channels_last", "overwrite", "progress"):
+        if not isinstance(cfg[key], bool):
+            raise UserError(f"{key}={cfg[key]}: true or false is asked")
+    if cfg["dtype"] not in DTYPES:
+        raise UserError(f"dtype={cfg['dtype']}: one of {', '.join(DTYPES)} is asked")
+
+
+def check_whole(cfg: Mapping[str, Any], lowest: Mapping[str, int]) -> None:
+    """Raise UserError for a value that is no whole number, or lower than `lowest` says."""
+    lowest = {**lowest, **({} if cfg["threads"] is None else {"threads": 1})}
+    for key, low in lowest.items():
+        value = cfg[key]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**62:
+            raise UserError(f"{key}={value}: a whole number of at least {low} is asked")
+
+
+def find_device(name: str) -> torch.device:
+    """The device `name`; "auto" is a GPU where there is one. Processes share out the GPUs."""
+    kinds = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    there = [kind for kind, available in kinds.items() if available]
+    if name == "auto":
+        name = "cuda" if kinds["cuda"] else "cpu"
+    if name == "cuda" and kinds["cuda"]:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+        if device.type not in there or (device.index or 0) >= max(1, torch.cuda.device_count()):
+            raise RuntimeError("not there")
+    except (RuntimeError, TypeError):
+        raise UserError(f"device={name}: not there; auto or {' or '.join(there)} is") from None
+    return device
+
+
+def make_scheduler(cfg: Mapping[str, Any], model: pixel.PixelModel) -> SchedulerMixin:
+    """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
+
+    The model's own grid of timesteps is not taken over: `grid=default` is the solver's. UserError
+    for an option that the solver does not have, or a value that it refuses.
+    """
+    name = cfg["solver"]["name"]
+    options = dict(cfg["solver"]["scheduler"])
+    target = options.pop("_target_")
+    try:
+        cls = get_class(target)
+    except Exception as error:  # Hydra wraps whatever the import raised
+        reason = str(error).splitlines()[0]
+        raise UserError(f"solver.scheduler._target_={target}: {reason}") from None
+    if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
+        kind = type(model.scheduler).__name__
+        raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
+    groups = {
+        "solver.scheduler": options,
+        "grid": {k: v for k, v in cfg["grid"].items() if k != "name"},
+        "lml": {k: v for k, v in cfg["lml"].items() if k != "name"},
+    }
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    for group, values in groups.items():
+        for key, value in values.items():
+            if key in known:
+                continue
+            if key in GRID:
+                fitting = ", ".join(_fitting_grids(known))
+                raise UserError(
+                    f"grid={cfg['grid'].get('name')}: {name} has no {key}; grids for it: {fitting}"
+                )
+            close = nearest(key, known)
+            raise UserError(f"{group}.{key}={value}: {name} has no such option; nearest: {close}")
+    for key, value in (cfg["solver"].get("step") or {}).items():
+        if key not in (taken := inspect.signature(cls.step).parameters):
+            close = nearest(key, taken)
+            raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
+    # All that they share is given explicitly: diffusers would replace a value that is its class's
+    # default by the other class's default, such as Heun's own betas.
+    base = {k: v for k, v in model.scheduler.config.items() if k in known and k not in GRID}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
+            return cls.from_config(base, **{k: v for g in groups.values() for k, v in g.items()})
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        key = reason.split("=")[0]
+        group = next((g for g, values in groups.items() if key in values), None)
+        raise UserError(f"{group}.{reason}" if group else f"solver={name}: {reason}") from None
+
+
+def _fitting_grids(known: set[str]) -> list[str]:
+    files = sorted((ROOT / "configs/grid").glob("*.yaml"))
+    return [file.stem for file in files if set(OmegaConf.load(file)) - {"name"} <= known]
+
+
+def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
+    """The number of steps for which the scheduler called `solver` makes exactly `nfe` evaluations.
+
+    UserError naming the nearest numbers that can be reached, when there is no such number of steps.
+    """
+    highest = scheduler.config.num_train_timesteps
+    if nfe > highest:
+        raise UserError(f"nfe={nfe}: at most {highest}, the number of the model's timesteps")
+
+    def evaluations(steps: int) -> int:
+        try:
+            scheduler.set_timesteps(steps)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"nfe={nfe}: not for {solver} ({reason})") from None
+        return len(scheduler.timesteps)
+
+    steps = 1 + bisect.bisect_left(range(1, nfe + 1), nfe, key=evaluations)
+    above = evaluations(steps)
+    if above != nfe:
+        below = [evaluations(steps - 1)] if steps > 1 else []
+        reachable = " or ".join(map(str, [*below, above]))
+        raise UserError(f"nfe={nfe}: {solver} can make {reachable}")
+    return steps
+
+
+def determine(cfg: Mapping[str, Any], model: pixel.PixelModel) -> dict[str, Any]:
+    """The settings that determine the images; their hash names the run."""
+    keys = ("nfe", "seed", "num_images", "batch_size", "dtype", "compile", "channels_last")
+    lml = cfg["lml"] if cfg["lml"].get("rank") != 0 else {"rank": 0}
+    return {
+        "model": model.settings,
+        "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
+        "grid": {key: value for key, value in cfg["grid"].items() if key != "name"},
+        "lml": lml,
+        **{key: cfg[key] for key in keys},
+    }
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    # Shares are unequal, and torchrun ends the others when one fails: so wait as long as it takes.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What `function` returns or raises in the first process, in all of them."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return function()
+    outcome = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
+    _collective(dist.broadcast_object_list, outcome)
+    value, error = outcome
+    if error is not None:
+        error.elsewhere = rank > 0
+        raise error
+    return value
+
+
+def _collective(function: Callable, *args: Any) -> None:
+    try:
+        function(*args)
+    except RuntimeError:  # gloo's "connection closed by peer", in its many wordings
+        raise RunError("another process has ended; its own line says why") from None
+
+
+# --- time --------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds by part of the work, and the number of samples that a network evaluated.
+
+    On CUDA it records events, and looks at them only when it is read.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.evaluations = 0
+        self._spans = []
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the time spent inside as `part`."""
+        start = self._now()
+        yield
+        self._spans.append((part, start, self._now()))
+
+    def attach(self, module: nn.Module, part: str, count: bool = False) -> None:
+        """Count the time of every call of `module` as `part`; with `count`, its samples, too."""
+        starts = []
+
+        def before(_: nn.Module, args: tuple) -> None:
+            self.evaluations += len(args[0]) if count else 0
+            starts.append(self._now())
+
+        def after(*_: Any) -> None:
+            self._spans.append((part, starts.pop(), self._now()))
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def seconds(self) -> Counter:
+        """Seconds by part so far."""
+        total = Counter()
+        if self.cuda:
+            torch.cuda.synchronize()
+        for part, start, end in self._spans:
+            total[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        return total
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+class Observer:
+    """Is told how a run goes. This one only passes on what must be said."""
+
+    def say(self, line: str) -> None:
+        """Something to know that is no error."""
+        print(line, file=sys.stderr, flush=True)
+
+    def begin(self, total: int) -> None:
+        """This process starts on `total` images."""
+
+    def made(self, count: int) -> None:
+        """`count` more images are made."""
+
+    def finish(self, folder: RunFolder, timing: Mapping[str, Any]) -> None:
+        """All images are there; `timing` is of those made now, {} if none was."""
+
+    def scored(self, results: Mapping[str, dict]) -> None:
+        """What the metrics say."""
+
+
+def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
+    """Make the images that `cfg` (configs/sample.yaml) asks for, score them, and return the folder.
+
+    Makes only what is missing. Raises UserError for bad input, RunError when the run cannot go on.
+    """
+    config = OmegaConf.to_container(cfg, resolve=True)
+    observer = observer or Observer()
+    check(config)
+    device = find_device(config["device"])
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+    with processes():
+        metrics = build(config["metrics"])  # before any work, since it may be a typo
+        folder, timing = generate(config, device, observer)
+        observer.finish(folder, timing)
+        if metrics:
+            reference = partial(reference_run, config, device, observer)
+            results = evaluate(folder.images, metrics, context=Context(reference, device))
+            on_first(lambda: merge_json(folder.path / "metrics.json", results))
+            observer.scored(results)
+    return folder.path
+
+
+def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
+    """Score a run, or any folder of images (configs/evaluate.yaml), and return the JSON file."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    observer = observer or Observer()
+    run_dir, images, out = (config[key] for key in ("run_dir", "images", "out"))
+    if (run_dir is None) == (images is None):
+        raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
+    check_whole(config, {"batch_size": 1})
+    device = find_device(config["device"])
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+    reference = None
+    if run_dir is not None:
+        images = Path(run_dir) / "images"
+        reference = partial(reference_run, read_config(run_dir), device, observer)
+        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
+            raise UserError(
+                f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
+            )
+    out = Path(out) if out else Path(run_dir or images) / "metrics.json"
+    with processes():
+        context = Context(reference, device, config["batch_size"])
+        results = evaluate(images, config["metrics"], context=context)
+        on_first(lambda: merge_json(out, results))
+        observer.scored(results)
+    return out
+
+
+def reference_run(
+    config: Mapping[str, Any],
+    device: torch.device,
+    observer: Observer,
+    nfe: int = 200,
+    solver: str = "dpmsolverpp",
+) -> Path:
+    """The images that the run `config` approximates: same noise, `nfe` evaluations, LML off.
+
+    They are made under outputs/reference, or found there. Returns their folder.
+    """
+    folder = ROOT / "configs/solver"
+    if not (folder / f"{solver}.yaml").is_file():
+        known = nearest(solver, [file.stem for file in folder.glob("*.yaml")])
+        raise UserError(f"metrics.convergence.solver={solver}: unknown; nearest: {known}")
+    fine = {
+        **config,
+        "name": "reference",
+        "run_dir": None,
+        "overwrite": False,
+        "solver": OmegaConf.to_container(OmegaConf.load(folder / f"{solver}.yaml")),
+        "grid": {},
+        "lml": {"rank": 0},
+        "nfe": nfe,
+    }
+    return generate(fine, device, observer)[0].images
+
+
+def generate(
+    cfg: Mapping[str, Any], device: torch.device, observer: Observer
+) -> tuple[RunFolder, dict[str, Any]]:
+    """The run folder with all its images, and the timing of those made now ({} if none was)."""
+    rank, _ = rank_and_world()
+    model = pixel.find(cfg["model"])
+    scheduler = make_scheduler(cfg, model)
+    steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
+    settings = determine(cfg, model)
+    path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
+    folder = RunFolder(str(path), settings)
+    count = cfg["num_images"]
+    stored = on_first(partial(_open, folder, cfg, observer))
+    try:
+        timing = {}
+        if len(stored) < count:
+            share = Share(cfg, device, model, scheduler, steps, folder, stored)
+            timing = share.make(observer)
+        if rank == 0:
+            _finish(folder, count, timing)
+        return folder, timing
+    except BaseException as error:
+        if rank == 0:
+            with contextlib.suppress(UserError):
+                done = folder.write_manifest(count)
+                if isinstance(error, KeyboardInterrupt):
+                    error.args = (
+                        f"interrupted: {done} of {count} images stored; "
+                        "the same command completes the run",
+                    )
+        raise
+    finally:
+        if rank == 0:
+            folder.close()
+
+
+def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer) -> set[int]:
+    folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"])
+    try:
+        stored, broken = folder.survey(cfg["num_images"])
+    except BaseException:
+        folder.close()
+        raise
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        names = ", ".join(broken[:5])
+        observer.say(f"{folder.images}: broken or not this run's, made again: {names}{more}")
+    return stored
+
+
+@dataclass
+class Share:
+    """What one process makes of a run: every so-manieth of the blocks that miss an image."""
+
+    cfg: Mapping[str, Any]
+    device: torch.device
+    model: pixel.PixelModel
+    scheduler: SchedulerMixin
+    steps: int
+    folder: RunFolder
+    stored: set[int]
+
+    def make(self, observer: Observer) -> dict[str, Any]:
+        """Make and store the images that are missing; returns the timing of all processes."""
+        count, size = self.cfg["num_images"], self.cfg["batch_size"]
+        rank, world = rank_and_world()
+        blocks = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        blocks = [block for block in blocks if not self.stored.issuperset(block)][rank::world]
+        network = self._network() if blocks else None
+        watch = Stopwatch(self.device)
+        if blocks:
+            watch.attach(network, "network", count=True)
+            if isinstance(correction := getattr(self.scheduler, "correction", None), nn.Module):
+                watch.attach(correction, "correction")
+        observer.begin(sum(map(len, blocks)))
+        start = time.perf_counter()
+        with Writer(self.folder) as writer:
+            for block in blocks:
+                # A block is made whole, even if one image is missing: its composition is fixed.
+                pixels = self._batch(network, block, watch)
+                with watch.measure("writing"):
+                    made = zip(block, pixels, strict=True)
+                    writer.submit((i, image) for i, image in made if i not in self.stored)
+                observer.made(len(block))
+            with watch.measure("writing"):
+                writer.wait()
+        return self._timing(watch, sum(map(len, blocks)), time.perf_counter() - start)
+
+    def _network(self) -> nn.Module:
+        network = self.model.load(self.device, DTYPES[self.cfg["dtype"]])
+        if self.cfg["channels_last"]:
+            network = network.to(memory_format=torch.channels_last)
+        return torch.compile(network) if self.cfg["compile"] else network
+
+    def _batch(self, network: nn.Module, block: range, watch: Stopwatch) -> np.ndarray:
+        height, width = pixel.size(network)
+        shape = (network.config.in_channels, height, width)
+        noise, generators = pixel.draw_noise([self.cfg["seed"] + i for i in block], shape)
+        options = self.cfg["solver"].get("step") or {}
+        try:
+            with watch.measure("sampling"):
+                images = pixel.sample(
+                    network,
+                    self.scheduler,
+                    self.steps,
+                    noise,
+                    generators,
+                    self.cfg["channels_last"],
+                    **options,
+                )
+        except FloatingPointError as error:
+            raise RunError(
+                f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
+            ) from None
+        except torch.cuda.OutOfMemoryError:
+            raise RunError(
+                f"batch_size={self.cfg['batch_size']}: too large for the memory of {self.device}"
+            ) from None
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
+        return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _timing(self, watch: Stopwatch, images: int, seconds: float) -> dict[str, Any]:
+        _, world = rank_and_world()
+        mine = (watch.seconds(), watch.evaluations, images, seconds)
+        shares = [mine]
+        if world > 1:
+            shares = [None] * world
+            _collective(dist.all_gather_object, shares, mine)
+        parts = sum((share[0] for share in shares), Counter())
+        evaluations, images = (sum(share[i] for share in shares) for i in (1, 2))
+        if evaluations != images * self.cfg["nfe"]:
+            per_image = evaluations / images
+            raise RuntimeError(f"nfe={self.cfg['nfe']}, but {per_image:g} evaluations were counted")
+        total = sum(share[3] for share in shares)
+        solver = parts["sampling"] - parts["network"] - parts["correction"]
+        other = total - parts["sampling"] - parts["writing"]
+        return {
+            "images": images,
+            "images_per_second": round(images / max(share[3] for share in shares), 3),
+            "evaluations_per_image": evaluations / images,
+            "seconds": {
+                "network": round(parts["network"], 4),
+                "correction": round(parts["correction"], 4),
+                "solver": round(solver, 4),
+                "writing": round(parts["writing"], 4),
+                "other": round(other, 4),
+                "total": round(total, 4),
+            },
+            "outside_network": round(1 - parts["network"] / total, 4),
+            "processes": world,
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+        }
+
+
+def _finish(folder: RunFolder, count: int, timing: Mapping[str, Any]) -> None:
+    folder.write_manifest(count)
+    if timing:
+        write_json(folder.path / "timing.json", timing)
+    if timing or not (folder.path / "grid.png").exists():
+        write_atomic(folder.path / "grid.png", draw_grid(folder, min(count, 64)))
+
+
+def draw_grid(folder: RunFolder, count: int) -> bytes:
+    """A PNG of the first `count` images in a square grid."""
+    images = torch.stack([read(folder.image_path(i)) for i in range(count)])
+    grid = make_grid(images, nrow=math.ceil(math.sqrt(count)), padding=2, pad_value=255)
+    buffer = io.BytesIO()
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def provenance() -> dict[str, Any]:
+    """The command line, package versions and git commit of this run."""
+    versions = {"python": platform.python_version(), "lml": __version__}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"command": shlex.join(["python", *sys.argv]), "versions": versions, "git": _commit()}
+
+
+def _commit() -> str | None:
+    def git(*command: str) -> str:
+        arguments = ["git", "-C", str(ROOT), *command]
+        return subprocess.run(
+            arguments, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

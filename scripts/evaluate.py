@@ -1,0 +1,25 @@
+"""Score images: `python scripts/evaluate.py run_dir=FOLDER` or `images=FOLDER`, `[metrics=...]`.
+
+Prints the values and adds them to metrics.json beside the images, or to `out=FILE`.
+"""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
+
+from lml.cli import main  # noqa: E402
+
+
+@main("evaluate")
+def evaluate(cfg: DictConfig) -> None:
+    from lml import runner, tracking
+
+    with tracking.Tracker(cfg) as tracker:
+        runner.evaluate_folder(cfg, tracker)
+
+
+if __name__ == "__main__":
+    evaluate()

@@ -1,0 +1,27 @@
+"""Make images: `python scripts/sample.py [experiment=NAME] [group=option ...] [key=value ...]`.
+
+With no argument: 64 images of the embedded CIFAR-10 model in 10 evaluations each, with LML, scored.
+`--help` shows all groups and keys, `-m` sweeps over comma-separated values, and
+`torchrun --nproc-per-node N scripts/sample.py ...` shares the work between N processes.
+"""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
+
+from lml.cli import main  # noqa: E402
+
+
+@main("sample")
+def sample(cfg: DictConfig) -> None:
+    from lml import runner, tracking  # not at the top: a typo needs no torch to be found
+
+    with tracking.Tracker(cfg) as tracker:
+        runner.run(cfg, tracker)
+
+
+if __name__ == "__main__":
+    sample()

@@ -1,0 +1,121 @@
+"""A tiny model in diffusers' format, and the scripts, run in this process or in another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+ROOT = Path(__file__).parents[1]
+
+
+def save_tiny_model(path: Path) -> Path:
+    """A random DDPM of 8x8 images, with a network of a few thousand parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = UNet2DModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+        )
+    schedule = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    DDPMPipeline(network, schedule).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in diffusers' format; not to be written to."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def toy(tiny_model: Path) -> list[str]:
+    """Arguments of scripts/sample.py for a run of three batches that takes no time."""
+    return [
+        f"model.path={tiny_model}",
+        "model.patch=1",
+        "metrics=none",
+        "num_images=10",
+        "batch_size=4",
+        "nfe=4",
+        "threads=1",
+    ]
+
+
+@dataclass
+class Outcome:
+    """What a script left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """`script("sample", *arguments)` runs scripts/sample.py in this process, in `tmp_path`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+
+    def run(name: str, *arguments: str) -> Outcome:
+        path = ROOT / "scripts" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        printed = capfd.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """`spawn("sample", *arguments, processes=1)` starts scripts/sample.py in `tmp_path`."""
+    started = []
+
+    def start(name: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
+        python = [sys.executable]
+        if processes > 1:
+            python += ["-m", "torch.distributed.run", "--standalone"]
+            python += [f"--nproc-per-node={processes}"]
+        process = subprocess.Popen(
+            [*python, str(ROOT / "scripts" / f"{name}.py"), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics import Metric
+
+from lml.data.images import ImageFolder
+from lml.data.statistics import make_reference
+from lml.errors import UserError
+from lml.metrics.convergence import Convergence
+from lml.metrics.evaluate import Context, build, evaluate
+from lml.metrics.features import FeatureNetwork
+from lml.metrics.frechet import load_features
+
+ROOT = Path(__file__).parents[2]
+
+
+class MeanPixel(Metric):
+    """A metric as anybody may bring one: no protocol, no reference."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, images):
+        self.batches.append(images.shape)
+        self.total += images.float().sum()
+        self.count += images.numel()
+
+    def compute(self):
+        return self.total / self.count
+
+
+def write(folder, pixels):
+    folder.mkdir(parents=True)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index:06d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """23 images, the same with noise, a tiny feature network and its statistics of 60 images."""
+    root = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 240, (23, 32, 32, 3), dtype=np.uint8)
+    write(root / "images", pixels)
+    write(root / "fine", pixels + random.integers(0, 16, pixels.shape, dtype=np.uint8))
+    torch.manual_seed(0)
+    FeatureNetwork(width=4, num_features=6).half().save_pretrained(root / "features")
+    images = torch.from_numpy(random.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8))
+    make_reference(load_features(root / "features"), images, root / "fd.npz")
+    return root
+
+
+def configs(root):
+    return {
+        "fd_cifar": {
+            "_target_": "lml.metrics.frechet.fd_cifar",
+            "features": str(root / "features"),
+            "reference": str(root / "fd.npz"),
+            "num_images": 24,
+        },
+        "convergence": {
+            "_target_": "lml.metrics.convergence.Convergence",
+            "reference": str(root / "fine"),
+        },
+    }
+
+
+def test_all_metrics_in_one_pass(data):
+    mean = MeanPixel()
+    context = Context(batch_size=10)
+    results = evaluate(data / "images", {**configs(data), "mean": mean}, context=context)
+    assert mean.batches == [(10, 3, 32, 32), (10, 3, 32, 32), (3, 3, 32, 32)]
+
+    assert list(results) == ["fd_cifar", "convergence", "mean"]
+    folder, fine = ImageFolder(data / "images"), ImageFolder(data / "fine")
+    made = build(configs(data))
+    made["fd_cifar"].update(folder.load(folder.names))
+    made["convergence"].update(folder.load(folder.names), fine.load(fine.names))
+    expected = {name: value.item() for name, value in made["convergence"].compute().items()}
+    assert results["convergence"]["value"] == pytest.approx(expected)
+    assert results["fd_cifar"]["value"] == pytest.approx(made["fd_cifar"].compute().item(), 1e-5)
+    assert results["mean"]["value"] == pytest.approx(folder.load(folder.names).float().mean())
+
+    assert results["fd_cifar"]["warning"] == "23 images; the protocol asks for 24"
+    assert "warning" not in results["convergence"]
+    assert results["mean"]["protocol"] == {"metric": "MeanPixel", "images": 23}
+    for result in results.values():
+        assert result["protocol"]["images"] == 23 and result["seconds"] >= 0
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_as_many_images_as_asked_need_no_warning(data):
+    config = configs(data)["fd_cifar"] | {"num_images": 23}
+    results = evaluate(ImageFolder(data / "images"), {"fd_cifar": config})
+    assert "warning" not in results["fd_cifar"]
+
+
+def test_the_same_metric_may_be_used_again(data):
+    metric = build(configs(data))
+    first = evaluate(data / "images", metric)
+    again = evaluate(data / "images", metric)
+    for name in first:
+        assert first[name]["value"] == again[name]["value"]
+
+
+def test_only_the_pairs_of_a_run_are_compared(data, tmp_path):
+    calls = []
+
+    def reference_run(**options):
+        calls.append(options)
+        return data / "fine"
+
+    write(tmp_path / "few", np.zeros((3, 32, 32, 3), np.uint8))
+    metrics = {"convergence": Convergence(solver="heun", nfe=7)}
+    evaluate(tmp_path / "few", metrics, context=Context(reference_run))
+    assert calls == [{"solver": "heun", "nfe": 7}]
+    with pytest.raises(UserError, match=r"^metrics=\[convergence\]: needs a run"):
+        evaluate(tmp_path / "few", metrics)
+    with pytest.raises(UserError, match=r"^metrics=\[fine\]: the reference .*few has no 000003"):
+        evaluate(data / "images", {"fine": Convergence(reference=tmp_path / "few")})
+    write(tmp_path / "small", np.zeros((3, 4, 6, 3), np.uint8))
+    with pytest.raises(UserError, match=r"small has 6x4 pixels; 32x32 is needed$"):
+        evaluate(tmp_path / "few", {"fine": Convergence(reference=tmp_path / "small")})
+
+
+def test_images_of_another_size(data, tmp_path):
+    write(tmp_path / "small", np.zeros((3, 16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="images of 16x16 pixels: the reference's have 32x32"):
+        evaluate(tmp_path / "small", {"fd_cifar": configs(data)["fd_cifar"]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_target_": "lml.metrics.nothing"}, r"^metrics\.name: .*nothing"),
+        ({"_target_": "lml.metrics.convergence.Convergence", "nfee": 3}, r"^metrics\.name: .*nfee"),
+        ({"_target_": "torch.nn.ReLU"}, r"^metrics\.name: a _target_ that makes a torchmetrics"),
+        ({"nfe": 3}, r"^metrics\.name: a _target_"),
+        (
+            {"_target_": "lml.metrics.frechet.fd_cifar", "features": "nowhere"},
+            r"^metrics\.fd_cifar\.features=",
+        ),
+    ],
+)
+def test_metrics_that_cannot_be_made(config, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build({"name": config})
+    assert "\n" not in str(caught.value)
+
+
+def test_no_metrics(data):
+    assert evaluate(data / "images", {}) == {}
+
+
+WORKER = textwrap.dedent(
+    """
+    import json, sys
+    import torch
+    import torch.distributed as dist
+    from lml.errors import UserError
+    from lml.metrics.evaluate import Context, evaluate
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = []
+    for folder, batch_size in json.loads(sys.argv[2]):
+        try:
+            context = Context(batch_size=batch_size)
+            results.append(evaluate(folder, json.loads(sys.argv[1]), context=context))
+        except UserError as error:
+            results.append(str(error))
+    open(f"{sys.argv[3]}.{dist.get_rank()}", "w").write(json.dumps(results))
+    """
+)
+
+
+def test_two_processes_give_the_numbers_of_one(data, tmp_path):
+    """Also when one has no images at all, and when one of them comes upon a broken file."""
+    broken = write(tmp_path / "broken", np.zeros((8, 32, 32, 3), np.uint8))
+    (broken / "000005.png").write_bytes(b"")
+    jobs = [(str(data / "images"), 5), (str(data / "images"), 50), (str(broken), 4)]
+    script, out = tmp_path / "worker.py", tmp_path / "out"
+    script.write_text(WORKER)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 1000),
+        "WORLD_SIZE": "2",
+    }
+    arguments = [json.dumps(configs(data)), json.dumps(jobs), str(out)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments], env={**environment, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for rank in range(2):
+        *results, error = json.loads(Path(f"{out}.{rank}").read_text())
+        for result, (folder, batch_size) in zip(results, jobs, strict=False):
+            expected = evaluate(folder, configs(data), context=Context(batch_size=batch_size))
+            for name in expected:
+                assert result[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-6)
+                assert result[name]["protocol"] == expected[name]["protocol"]
+        assert "000005.png: not a readable image" in error

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from lml.data.assets import ROOT
+from lml.data.statistics import ReferenceStatistics, make_reference
+from lml.errors import UserError
+from lml.metrics.evaluate import build
+from lml.metrics.features import FeatureNetwork
+from lml.metrics.frechet import FrechetDistance, fd_cifar, load_features
+
+FEATURES = 16
+
+
+class Pixels(nn.Module):
+    """Features that are linear in the pixels, plus their batch norm in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_features = FEATURES
+        self.linear = nn.Linear(3 * 4 * 4, FEATURES)
+        self.norm = nn.BatchNorm1d(FEATURES)
+
+    def forward(self, images):
+        return self.norm(self.linear(images.flatten(1) / 255))
+
+
+def random_images(count, seed, low=0, high=256):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (count, 3, 4, 4), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    torch.manual_seed(0)
+    return Pixels()
+
+
+@pytest.fixture(scope="module")
+def reference(extractor):
+    return ReferenceStatistics.compute(random_images(400, 0).split(100), extractor)
+
+
+def distance(extractor, reference, images, batch_size=64):
+    metric = FrechetDistance(extractor, reference)
+    for batch in images.split(batch_size):
+        metric.update(batch)
+    return metric.compute()
+
+
+def by_matrix_square_root(x, y):
+    """The formula as it is written, by SciPy in float64, for features (N, D)."""
+    x, y = x.double().numpy(), y.double().numpy()
+    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(cov_x @ cov_y)
+    return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(cov_x + cov_y - 2 * root).real
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize("count", [2, 3, FEATURES - 1, FEATURES, FEATURES + 1, 300])
+@pytest.mark.parametrize("low", [0, 130])
+def test_matrix_square_root(extractor, reference, count, low):
+    images = random_images(count, 1, low)
+    with torch.no_grad():
+        expected = by_matrix_square_root(extractor(random_images(400, 0)), extractor(images))
+    assert distance(extractor, reference, images).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_torchmetrics_on_the_real_images(extractor, reference):
+    images = random_images(50, 1, 40)
+    metric = FrechetInceptionDistance(feature=extractor)
+    metric.update(random_images(400, 0), real=True)
+    metric.update(images, real=False)
+    value = distance(extractor, reference, images)
+    torch.testing.assert_close(value, metric.compute(), rtol=1e-6, atol=0)
+
+
+def test_closed_forms(extractor, reference):
+    """A shift adds the squared distance of the means; a contraction by c scales Σ by c²."""
+    images = random_images(400, 0)
+    assert distance(extractor, reference, images).abs() < 1e-6 * reference.sigma.trace()
+    dark = ReferenceStatistics.compute([images // 2], extractor)
+    with torch.no_grad():
+        step = extractor(torch.full((1, 3, 4, 4), 51)) - extractor(torch.zeros(1, 3, 4, 4))
+    shifted = distance(extractor, dark, images // 2 + 51)
+    torch.testing.assert_close(shifted, step.square().sum(), rtol=1e-4, atol=0)
+    even = ReferenceStatistics.compute([images // 2 * 2], extractor)
+    expected = (even.mu - dark.mu).square().sum() + even.sigma.trace() / 4  # (1 - 1/2)² tr Σ
+    contracted = distance(extractor, even, images // 2)
+    torch.testing.assert_close(contracted, expected.float(), rtol=1e-4, atol=0)
+
+
+def test_batches_do_not_matter(extractor, reference):
+    images = random_images(90, 1, 40)
+    values = [distance(extractor, reference, images, size) for size in (1, 7, 90)]
+    assert max(values) - min(values) <= 1e-5 * values[0]
+
+
+def test_reset_and_merge_keep_the_reference(extractor, reference):
+    images = random_images(90, 1, 40)
+    expected = distance(extractor, reference, images)
+    metric = FrechetDistance(extractor, reference)
+    metric.update(random_images(10, 2))
+    metric.reset()
+    metric.update(images)
+    assert metric.compute() == expected
+    halves = [FrechetDistance(extractor, reference) for _ in range(2)]
+    for half, part in zip(halves, images.split(45), strict=True):
+        half.update(part)
+    halves[0].merge_state(halves[1])
+    torch.testing.assert_close(halves[0].compute(), expected, rtol=1e-6, atol=0)
+    assert halves[0].real_features_num_samples == reference.count
+
+
+def test_training_mode_does_not_reach_the_extractor(extractor, reference):
+    before = extractor.norm.running_mean.clone()
+    metric = nn.Sequential(FrechetDistance(extractor, reference)).train()[0]
+    metric.update(random_images(20, 1))
+    assert torch.equal(extractor.norm.running_mean, before)
+
+
+def test_bad_images(extractor, reference):
+    metric = FrechetDistance(extractor, reference)
+    with pytest.raises(UserError, match="images of 5x6 pixels: the reference's have 4x4"):
+        metric.update(torch.zeros(2, 3, 6, 5, dtype=torch.uint8))
+    metric.reset()
+    metric.update(random_images(1, 0))
+    with pytest.raises(UserError, match="num_images=1: .* at least 2 images"):
+        metric.compute()
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """A tiny feature network in half precision, and the statistics of 40 images."""
+    folder = tmp_path_factory.mktemp("assets")
+    torch.manual_seed(0)
+    FeatureNetwork(width=4, num_features=6).half().save_pretrained(folder / "features")
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    make_reference(load_features(folder / "features"), images, folder / "fd.npz")
+    return folder
+
+
+def test_fd_cifar(assets):
+    metric = fd_cifar(assets / "features", assets / "fd.npz")
+    assert metric.num_images == metric.protocol["images_asked"] == 10_000
+    assert metric.inception.head.weight.dtype == torch.float32
+    statistics = ReferenceStatistics.load(assets / "fd.npz")
+    assert metric.protocol["extractor"] == statistics.protocol["extractor"]
+    assert metric.protocol["resize"] == "none"
+    assert metric.protocol["reference"] == {
+        "file": "fd.npz",
+        "count": 40,
+        "sha256": statistics.sha256,
+    }
+    metric.update(torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8))
+    assert metric.compute() > 0
+
+
+def test_the_config(assets):
+    config = OmegaConf.load(ROOT / "configs/metrics/fd_cifar.yaml")
+    config.fd_cifar.features = str(assets / "features")
+    config.fd_cifar.reference = str(assets / "fd.npz")
+    metric = build(config)["fd_cifar"]
+    assert isinstance(metric, FrechetDistance) and metric.num_images == 10_000
+
+
+def test_missing_weights_are_one_line_that_names_the_file_and_the_key(tmp_path, assets):
+    lines = {
+        "features": fd_cifar_error(tmp_path / "features", assets / "fd.npz"),
+        "reference": fd_cifar_error(assets / "features", tmp_path / "fd.npz"),
+    }
+    for key, line in lines.items():
+        assert line.startswith(f"metrics.fd_cifar.{key}={tmp_path}") and "\n" not in line
+        assert "train.py train=features" in line
+    assert "config.json" in lines["features"]
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/config.json").write_text("{}")
+    line = fd_cifar_error(tmp_path / "features", assets / "fd.npz")
+    assert "diffusion_pytorch_model.safetensors" in line
+
+
+def fd_cifar_error(*paths):
+    with pytest.raises(UserError) as caught:
+        fd_cifar(*paths)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("broken", ["weights", "config"])
+def test_broken_weights(tmp_path, assets, broken):
+    for file in (assets / "features").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    name = {"weights": "diffusion_pytorch_model.safetensors", "config": "config.json"}[broken]
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+    line = fd_cifar_error(tmp_path, assets / "fd.npz")
+    assert re.match(rf"metrics\.fd_cifar\.features={tmp_path}: not a FeatureNetwork \(.+\)$", line)
+
+
+def test_a_reference_of_other_weights(tmp_path, assets):
+    FeatureNetwork(width=4, num_features=6).save_pretrained(tmp_path)
+    line = fd_cifar_error(tmp_path, assets / "fd.npz")
+    assert line.startswith("metrics.fd_cifar.reference=fd.npz: made with FeatureNetwork ")
+
+
+def test_relative_paths_work_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^features={ROOT / 'assets/nowhere'}: "):
+        load_features("assets/nowhere")

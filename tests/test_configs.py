@@ -1,0 +1,146 @@
+"""Every config of every group composes, makes what it describes, and runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, get_method
+from omegaconf import OmegaConf
+
+from lml import runner
+from lml.data import cifar10
+from lml.pipelines import pixel
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TOY = ["num_images=2", "batch_size=2", "nfe=5", "threads=1", "metrics=none"]
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def composed(*overrides: str, config: str = "sample") -> dict:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose(config, list(overrides)), resolve=True)
+
+
+def test_no_folder_of_configs_is_forgotten_here():
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+    mine = {"model", "solver", "grid", "lml", "metrics", "logger", "experiment"}
+    assert mine <= groups and groups - mine <= {"train"}
+
+
+def test_groups_that_are_offered_are_those_of_the_defaults():
+    cfg = composed()
+    for group in ("model", "solver", "grid", "lml", "logger"):
+        assert cfg[group]
+    assert list(cfg["metrics"]) == ["fd_cifar"]
+    assert cfg["lml"]["rank"] > 0 and cfg["nfe"] == 10 and cfg["num_images"] == 64
+
+
+@pytest.mark.parametrize("solver", names("solver"))
+@pytest.mark.parametrize("lml", names("lml"))
+def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
+    model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")
+    more = []
+    if lml == "published" and solver in ("heun", "pndm", "ipndm", "dpmsolver_singlestep"):
+        more = ["lml.target=prediction"]  # the increment has no meaning for these
+    schedule = "model.scheduler={_target_:diffusers.IPNDMScheduler}"
+    if solver == "ipndm":
+        more += ["~model.scheduler", "+" + schedule]
+    cfg = composed(f"solver={solver}", f"lml={lml}", f"model={model}", *more)
+    made = runner.make_scheduler(cfg, pixel.find(cfg["model"]))
+    assert isinstance(made, get_class(cfg["solver"]["scheduler"]["_target_"]))
+    for key, value in {**cfg["lml"], **cfg["grid"], **cfg["solver"]["scheduler"]}.items():
+        if key not in ("name", "_target_"):
+            assert made.config[key] == value
+    assert runner.find_steps(made, 5, solver) >= 1
+
+
+@pytest.mark.parametrize("solver", [s for s in names("solver") if s != "ipndm"])
+def test_every_solver_runs(script, tmp_path, solver):
+    model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")
+    outcome = script("sample", *TOY, f"model={model}", f"solver={solver}", "run_dir=run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(list((tmp_path / "run/images").iterdir())) == 2
+
+
+@pytest.mark.parametrize("grid", names("grid"))
+def test_every_grid_runs_and_differs(script, toy, tmp_path, grid):
+    outcome = script("sample", *toy, f"grid={grid}", "nfe=6", "run_dir=run")
+    assert (outcome.code, outcome.err) == (0, "")
+    cfg = composed(f"grid={grid}", "model=gaussian")
+    plain = composed("model=gaussian")
+    model = pixel.find(cfg["model"])
+    ours, default = (runner.make_scheduler(c, model) for c in (cfg, plain))
+    ours.set_timesteps(6)
+    default.set_timesteps(6)
+    same = ours.sigmas.tolist() == default.sigmas.tolist()
+    assert same == (grid in ("default", "linspace"))  # linspace is DPM-Solver++'s own
+
+
+def test_off_is_the_base_solver(script, toy, tmp_path):
+    for name, lml in (("off", "off"), ("zero", "default"), ("on", "default")):
+        rank = ["lml.rank=0"] if name == "zero" else []
+        assert script("sample", *toy, f"lml={lml}", *rank, f"run_dir={name}").code == 0
+    images = {
+        name: [f.read_bytes() for f in sorted((tmp_path / name / "images").iterdir())]
+        for name in ("off", "zero", "on")
+    }
+    assert images["off"] == images["zero"]
+    assert not set(images["off"]) & set(images["on"])
+
+
+@pytest.mark.parametrize("model", names("model"))
+def test_every_model_is_found_and_runs(script, tmp_path, model):
+    cfg = composed(f"model={model}")["model"]
+    if model == "empirical" and cifar10.find(None) is None:
+        pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
+    if cfg.get("hub_id"):
+        pytest.skip(f"{cfg['hub_id']} would have to be downloaded")
+    if cfg.get("path") and "network" not in cfg and not (CONFIGS.parent / cfg["path"]).is_dir():
+        pytest.skip(f"{cfg['path']} is not there")
+    solver = "flow_euler" if model.endswith("flow") else "dpmsolverpp"
+    outcome = script("sample", *TOY, f"model={model}", f"solver={solver}", "run_dir=run")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "metrics", ["none", "[]", "fd_cifar", "[fd_cifar]", "[fd_cifar,convergence]"]
+)
+@pytest.mark.parametrize("config", ["sample", "evaluate"])
+def test_metrics_are_chosen_in_every_spelling(metrics, config):
+    chosen = composed(f"metrics={metrics}", config=config)["metrics"]
+    assert sorted(chosen) == sorted(set(re.findall(r"\w+", metrics)) - {"none"})
+
+
+@pytest.mark.parametrize("metric", [name for name in names("metrics") if name != "none"])
+def test_every_metric_names_something_that_makes_it(metric):
+    target = composed(f"metrics={metric}")["metrics"][metric]["_target_"]
+    assert callable(get_method(target)) if target.islower() else get_class(target)
+
+
+def experiment_files() -> list[Path]:
+    return sorted((CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", experiment_files(), ids=lambda file: file.stem)
+def test_an_experiment_begins_with_its_command_and_says_only_what_differs(file):
+    lines = file.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1] == f"# python scripts/sample.py experiment={file.stem}"
+    base = OmegaConf.create(composed())
+    for key, value in OmegaConf.load(file).items():
+        if key not in ("defaults", "metrics"):
+            assert OmegaConf.select(base, key) != value, f"{key} is the default"
+
+
+@pytest.mark.parametrize("file", experiment_files(), ids=lambda file: file.stem)
+def test_every_experiment_runs_at_toy_size(script, toy, tmp_path, file):
+    outcome = script("sample", f"experiment={file.stem}", *toy)
+    assert (outcome.code, outcome.err) == (0, "")
+    (run,) = (tmp_path / "outputs" / file.stem).iterdir()
+    assert len(list((run / "images").iterdir())) == 10

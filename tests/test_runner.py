@@ -1,0 +1,426 @@
+"""One run: the same bytes however it is made, resumed, counted, timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lml import runner
+from lml.errors import UserError
+from lml.pipelines import pixel
+from lml.store import Writer
+
+FILES = {"config.yaml", "grid.png", "images", "manifest.json", "timing.json"}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> None:
+    """Return once `condition()` holds; fail when the process ends before, or takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder, by name."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def finished(script, toy, tmp_path):
+    """The folder of an uninterrupted run."""
+    outcome = script("sample", *toy, "run_dir=finished")
+    assert (outcome.code, outcome.err) == (0, "")
+    return tmp_path / "finished"
+
+
+def evaluations(monkeypatch) -> list[int]:
+    """Batch sizes of the calls of networks from now on."""
+    calls = []
+    sample = pixel.sample
+
+    def counting(network, *args, **kwargs):
+        count = network.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+        try:
+            return sample(network, *args, **kwargs)
+        finally:
+            count.remove()
+
+    monkeypatch.setattr(pixel, "sample", counting)
+    return calls
+
+
+def test_a_run_leaves_what_the_design_says(finished):
+    assert {f.name for f in finished.iterdir() if not f.name.startswith(".")} == FILES
+    names = [f"{i:06d}.png" for i in range(10)]
+    assert sorted(contents(finished / "images")) == names
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["complete"] and list(manifest["images"]) == names
+    timing = json.loads((finished / "timing.json").read_text())
+    assert timing["evaluations_per_image"] == 4 and timing["images"] == 10
+    seconds = timing["seconds"]
+    assert all(value >= 0 for value in seconds.values()) and seconds["correction"] > 0
+    total = seconds.pop("total")
+    assert sum(seconds.values()) == pytest.approx(total, abs=1e-3)
+    with (
+        Image.open(finished / "grid.png") as grid,
+        Image.open(finished / "images/000005.png") as one,
+    ):
+        assert grid.size == (4 * 10 + 2, 3 * 10 + 2)
+        assert np.array_equal(np.asarray(grid)[12:20, 12:20], np.asarray(one))
+    config = (finished / "config.yaml").read_text()
+    assert "run_dir=finished" in config and torch.__version__.split("+")[0] in config
+
+
+def test_an_image_is_the_loop_written_out(finished, tiny_model):
+    """The first block by hand: seeds, noise, a diffusers solver of its own, rounding."""
+    from lml.schedulers import LMLDPMSolverMultistepScheduler
+
+    model = pixel.find({"name": "tiny", "path": str(tiny_model), "patch": 1})
+    network = model.load(torch.device("cpu"), torch.float32)
+    scheduler = LMLDPMSolverMultistepScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=3,
+        rank=2,
+        damping=8.0,
+    )
+    scheduler.set_timesteps(4)
+    x = torch.stack(
+        [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    )
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    images = np.stack(
+        [np.asarray(Image.open(finished / f"images/{i:06d}.png")) for i in range(4)]
+    ).astype(int)
+    expected = np.rint(np.clip(127.5 * x.numpy() + 127.5, 0, 255)).transpose(0, 2, 3, 1)
+    assert np.abs(images - expected).max() <= 1  # another memory format rounds otherwise
+
+
+def test_a_complete_run_calls_no_network_and_changes_nothing(script, toy, finished, monkeypatch):
+    calls = evaluations(monkeypatch)
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    monkeypatch.setattr(runner.RunFolder, "holds", None)  # the manifest is enough
+    outcome = script("sample", *toy, "run_dir=finished")
+    assert (outcome.code, outcome.err, calls) == (0, "", [])
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_only_blocks_that_miss_an_image_are_made_again(script, toy, finished, monkeypatch):
+    before = contents(finished / "images")
+    (finished / "images/000009.png").unlink()
+    (finished / "images/000001.png").write_bytes(before["000001.png"][:100])
+    (finished / "images/000002.png").write_bytes(before["000003.png"])
+    calls = evaluations(monkeypatch)
+    outcome = script("sample", *toy, "run_dir=finished")
+    assert outcome.code == 0 and outcome.err.count("\n") == 1
+    assert "made again: 000001.png, 000002.png" in outcome.err
+    assert calls == [4] * 4 + [2] * 4
+    assert contents(finished / "images") == before
+
+
+def test_bytes_do_not_depend_on_what_does_not_determine_them(script, toy, finished, tmp_path):
+    moved = tmp_path / "moved"
+    os.rename(toy[0].split("=")[1], moved)
+    try:
+        arguments = [f"model.path={moved}", *toy[1:], "name=other", "progress=false", "device=cpu"]
+        assert script("sample", *arguments, "run_dir=again").code == 0
+        # ... and so it is the same run: the folder is accepted.
+        assert script("sample", *arguments, "run_dir=finished").code == 0
+    finally:
+        os.rename(moved, toy[0].split("=")[1])
+    again = tmp_path / "again"
+    assert contents(again / "images") == contents(finished / "images")
+
+
+def test_images_depend_on_their_own_seed(script, toy, finished, tmp_path):
+    assert script("sample", *toy, "seed=4", "num_images=4", "run_dir=later").code == 0
+    ours, theirs = (
+        [np.asarray(Image.open(folder / f"images/{i:06d}.png")) for i in indices]
+        for folder, indices in ((tmp_path / "later", range(4)), (finished, range(4, 8)))
+    )
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_completed_by_the_same_command(
+    script, toy, finished, tmp_path, monkeypatch, number
+):
+    submit, left = Writer.submit, [2]
+
+    def interrupting(self, images):
+        submit(self, images)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Writer, "submit", interrupting)
+    outcome = script("sample", *toy, "run_dir=cut")
+    stored = len(contents(tmp_path / "cut/images"))
+    assert outcome.code == 128 + number
+    assert outcome.err == (
+        f"interrupted: {stored} of 10 images stored; the same command completes the run\n"
+    )
+    manifest = json.loads((tmp_path / "cut/manifest.json").read_text())
+    assert (manifest["complete"], manifest["count"], stored) == (False, 8, 8)
+    assert not (tmp_path / "cut/timing.json").exists()
+    assert script("sample", *toy, "run_dir=cut").code == 0
+    assert contents(tmp_path / "cut/images") == contents(finished / "images")
+
+
+def test_kill_at_a_random_moment_then_resume(script, spawn, toy, tmp_path):
+    arguments = [*toy, "num_images=300", "batch_size=2", "nfe=8"]
+    victim = spawn("sample", *arguments, "run_dir=killed")
+    images = tmp_path / "killed/images"
+    goal = random.randint(1, 100)
+    wait_for(lambda: images.is_dir() and len(list(images.glob("[0-9]*.png"))) >= goal, victim)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    stored = contents(images)
+    assert goal <= len(stored) < 300
+    assert not (tmp_path / "killed/manifest.json").exists()
+    outcome = script("sample", *arguments, "run_dir=killed")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert script("sample", *arguments, "run_dir=whole").code == 0
+    assert contents(images) == contents(tmp_path / "whole/images")
+
+
+def test_sigterm_from_outside(spawn, toy, tmp_path):
+    process = spawn("sample", *toy, "num_images=5000", "batch_size=2", "run_dir=cut")
+    images = tmp_path / "cut/images"
+    wait_for(lambda: images.is_dir() and len(list(images.glob("[0-9]*.png"))) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    stored = len(contents(images))
+    assert f"interrupted: {stored} of 5000 images stored" in err and "Traceback" not in err
+
+
+def test_two_processes_make_the_bytes_of_one(spawn, toy, finished, tmp_path):
+    two = spawn("sample", *toy, "run_dir=two", processes=2)
+    _, err = two.communicate(timeout=180)
+    assert two.returncode == 0, err
+    assert contents(tmp_path / "two/images") == contents(finished / "images")
+    assert (tmp_path / "two/grid.png").read_bytes() == (finished / "grid.png").read_bytes()
+    timing = json.loads((tmp_path / "two/timing.json").read_text())
+    assert (timing["processes"], timing["images"], timing["evaluations_per_image"]) == (2, 10, 4)
+    assert json.loads((tmp_path / "two/manifest.json").read_text())["complete"]
+
+
+def test_a_process_that_fails_names_its_rank(spawn, toy, tmp_path, tiny_model):
+    path = poisoned(tiny_model, tmp_path / "nan")
+    process = spawn("sample", *toy, f"model.path={path}", "run_dir=two", processes=2)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode != 0
+    lines = [line for line in err.splitlines() if line.startswith("[rank ")]
+    assert any("NaN or inf at step 1 of 4" in line for line in lines), err
+    assert not contents(tmp_path / "two/images")
+
+
+def poisoned(model: Path, path: Path) -> Path:
+    """The model, with a NaN among its weights."""
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(model)
+    pipeline.unet.conv_out.bias.data[0] = float("nan")
+    pipeline.save_pretrained(path)
+    return path
+
+
+def test_nan_stops_the_run_and_stores_nothing_of_the_batch(script, toy, tmp_path, monkeypatch):
+    """The network goes wrong in the second batch, at its third step."""
+    sample, batches = pixel.sample, []
+
+    def failing(network, *args, **kwargs):
+        calls = []
+        batches.append(calls)
+
+        def spoil(_, inputs, output):
+            calls.append(1)
+            if len(batches) == 2 and len(calls) == 3:
+                output[0][1, 0, 0, 0] = float("inf")
+
+        handle = network.register_forward_hook(spoil)
+        try:
+            return sample(network, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(pixel, "sample", failing)
+    outcome = script("sample", *toy, "run_dir=run")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "step 3 of 4, timestep 500" in outcome.err.replace("499", "500")
+    assert len(batches[1]) == 3
+    assert sorted(contents(tmp_path / "run/images")) == [f"{i:06d}.png" for i in range(4)]
+    monkeypatch.undo()
+
+
+def scheduler(solver: str, model: str = "gaussian", grid: str = "default"):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(runner.ROOT / "configs"), version_base="1.3"):
+        cfg = compose("sample", [f"solver={solver}", f"model={model}", f"grid={grid}"])
+    cfg = OmegaConf.to_container(cfg, resolve=True)
+    return runner.make_scheduler(cfg, pixel.find(cfg["model"]))
+
+
+REACHABLE = {"heun": range(1, 40, 2), "pndm": [1, *range(3, 40)]}
+
+
+@pytest.mark.parametrize(
+    "solver",
+    sorted({f.stem for f in (runner.ROOT / "configs/solver").iterdir()} - {"ipndm", "flow_euler"}),
+)
+def test_nfe_is_met_exactly_or_refused_with_the_nearest(solver):
+    made = scheduler(solver)
+    for nfe in range(1, 25):
+        reachable = REACHABLE.get(solver, range(1, 40))
+        if nfe in reachable:
+            steps = runner.find_steps(made, nfe, solver)
+            made.set_timesteps(steps)
+            assert len(made.timesteps) == nfe
+        else:
+            below = max(n for n in reachable if n < nfe)
+            above = min(n for n in reachable if n > nfe)
+            with pytest.raises(
+                UserError, match=f"^nfe={nfe}: {solver} can make {below} or {above}$"
+            ):
+                runner.find_steps(made, nfe, solver)
+
+
+def test_the_models_schedule_is_taken_and_its_grid_is_not(tiny_model):
+    """Heun's own betas and DDPM's leading grid are what diffusers' from_config would hand on."""
+    made = scheduler("heun")
+    assert made.config.beta_start == pytest.approx(1e-4) and made.config.beta_end == 0.02
+    assert made.config.timestep_spacing == "linspace"
+    assert scheduler("heun", grid="trailing").config.timestep_spacing == "trailing"
+    assert scheduler("ddim").config.timestep_spacing == "leading"
+
+
+def test_stochastic_solvers_draw_from_the_images_own_generators(script, toy, tmp_path):
+    arguments = [*toy, "solver=ddim", "solver.step.eta=1.0"]
+    assert script("sample", *arguments, "run_dir=a").code == 0
+    assert script("sample", *arguments, "solver.step.eta=0.0", "run_dir=b").code == 0
+    whole = contents(tmp_path / "a/images")
+    assert not set(whole.values()) & set(contents(tmp_path / "b/images").values())
+    for name in ("000001.png", "000006.png"):
+        (tmp_path / "a/images" / name).unlink()
+    assert script("sample", *arguments, "run_dir=a").code == 0
+    assert contents(tmp_path / "a/images") == whole
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_types_make_nearly_the_same_images(script, toy, finished, tmp_path, dtype):
+    assert script("sample", *toy, f"dtype={dtype}", "run_dir=run").code == 0
+    ours, theirs = (
+        np.stack([np.asarray(Image.open(f)) for f in sorted((folder / "images").iterdir())])
+        for folder in (tmp_path / "run", finished)
+    )
+    error = np.abs(ours.astype(int) - theirs).mean()
+    assert error < {"bfloat16": 8, "float16": 1, "float64": 0.01}[dtype]
+
+
+def test_space_to_depth_is_the_network_on_blocks(tiny_model):
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=4,
+        in_channels=12,
+        out_channels=12,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    ).eval()
+    wrapped = pixel.SpaceToDepth(network, 2)
+    assert wrapped.config.in_channels == 3 and pixel.size(wrapped) == (8, 8)
+    images = torch.randn(2, 3, 8, 8)
+    blocks = torch.stack(
+        [images[:, c, i::2, j::2] for c in range(3) for i in (0, 1) for j in (0, 1)], 1
+    )
+    expected = network(blocks, 7).sample
+    out = wrapped(images, 7).sample
+    again = torch.stack(
+        [out[:, c, i::2, j::2] for c in range(3) for i in (0, 1) for j in (0, 1)], 1
+    )
+    torch.testing.assert_close(again, expected)
+    fast = wrapped(images.to(memory_format=torch.channels_last), 7, return_dict=False)[0]
+    torch.testing.assert_close(fast, out)
+
+
+def test_to_uint8_rounds_half_to_even_and_clamps():
+    x = torch.tensor([-2.0, -1.0, 0.0, 1 / 127.5, 1.0, 3.0])
+    assert pixel.to_uint8(x).tolist() == [0, 0, 128, 128, 255, 255]
+    assert pixel.to_uint8(torch.linspace(-1, 1, 256)).tolist() == list(range(256))
+    assert pixel.to_uint8(torch.tensor([0.5], dtype=torch.float64)).dtype == torch.uint8
+
+
+def test_a_reference_run_is_made_once_and_without_lml(script, toy, tmp_path, monkeypatch):
+    metric = "metrics=[convergence]"
+    outcome = script("sample", *toy, metric, "metrics.convergence.nfe=20", "run_dir=a")
+    assert outcome.code == 0, outcome.err
+    (reference,) = (tmp_path / "outputs/reference").iterdir()
+    config = (reference / "config.yaml").read_text()
+    assert "nfe: 20" in config and "rank: 0" in config
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert 0 < metrics["convergence"]["value"]["rmse"] < 1
+    assert "convergence/rmse" in outcome.out
+    calls = evaluations(monkeypatch)
+    more = ("lml.rank=0", metric, "metrics.convergence.nfe=20", "run_dir=b")
+    assert script("sample", *toy, *more).code == 0
+    assert sum(calls) == 10 * 4  # the run at hand, and no reference
+    assert len(list((tmp_path / "outputs/reference").iterdir())) == 1
+
+
+def test_evaluate_wants_a_complete_run(script, finished):
+    (finished / "manifest.json").unlink()
+    outcome = script("evaluate", "run_dir=finished", "metrics=convergence")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "run_dir=finished: not complete; finish the run, or give images=finished/images\n"
+    )
+
+
+def test_evaluate_scores_a_run_and_a_plain_folder(script, toy, finished, tmp_path):
+    convergence = ["metrics=convergence", "metrics.convergence.nfe=20", "threads=1"]
+    outcome = script("evaluate", "run_dir=finished", *convergence)
+    assert outcome.code == 0, outcome.err
+    in_run = json.loads((finished / "metrics.json").read_text())["convergence"]["value"]
+    (reference,) = (tmp_path / "outputs/reference").glob("*/images")
+    arguments = [f"metrics.convergence.reference={reference}", "out=scores.json"]
+    outcome = script("evaluate", f"images={finished / 'images'}", *convergence, *arguments)
+    assert outcome.code == 0, outcome.err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["convergence"]["value"] == in_run
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler on the path")
+def test_compile_makes_nearly_the_same_images(script, toy, finished, tmp_path):
+    outcome = script("sample", *toy, "compile=true", "num_images=4", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    for i in range(4):
+        ours, theirs = (
+            np.asarray(Image.open(folder / f"images/{i:06d}.png")).astype(int)
+            for folder in (tmp_path / "run", finished)
+        )
+        assert np.abs(ours - theirs).max() <= 1

@@ -1,0 +1,282 @@
+"""The run folder: sealed images, atomic files, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lml import store
+from lml.errors import UserError
+from lml.store import RunError, RunFolder, Writer
+
+SETTINGS = {"nfe": 10, "solver": {"name": "ddim", "order": 3}, "seed": 0}
+
+
+def pixels(index: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (8, 6, channels), dtype=np.uint8)
+
+
+def make(path: Path, count: int = 4, settings: dict = SETTINGS) -> RunFolder:
+    folder = RunFolder(path, settings)
+    folder.open({"nfe": settings["nfe"]})
+    for index in range(count):
+        folder.write_image(index, pixels(index))
+    return folder
+
+
+def test_the_hash_sees_values_and_nothing_else():
+    same = {"seed": 0.0, "solver": {"order": 3, "name": "ddim"}, "nfe": 10}
+    assert store.settings_hash(SETTINGS) == store.settings_hash(same)
+    others = [
+        {**SETTINGS, "nfe": 11},
+        {**SETTINGS, "nfe": "10"},
+        {**SETTINGS, "seed": False},
+        {**SETTINGS, "seed": None},
+        {**SETTINGS, "solver": {"name": "ddim", "order": 3.5}},
+        {**SETTINGS, "more": None},
+    ]
+    assert len({store.settings_hash(s) for s in [SETTINGS, *others]}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_comes_back_and_its_seal_holds(tmp_path, channels):
+    folder = make(tmp_path, 0)
+    folder.write_image(3, pixels(3, channels))
+    with Image.open(folder.image_path(3)) as image:
+        assert np.array_equal(np.asarray(image).reshape(8, 6, channels), pixels(3, channels))
+    assert folder.holds(3) is True
+    assert folder.holds(2) is None
+
+
+def truncate(folder: RunFolder, path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def empty(folder: RunFolder, path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def swap(folder: RunFolder, path: Path) -> None:
+    shutil.copy(folder.image_path(0), path)
+
+
+def reencode(folder: RunFolder, path: Path) -> None:
+    Image.fromarray(pixels(2)).save(path)
+
+
+def repaint(folder: RunFolder, path: Path) -> None:
+    with Image.open(path) as image:
+        text = image.text
+        array = np.asarray(image).copy()
+    array[0, 0, 0] ^= 1
+    info = store.PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    Image.fromarray(array).save(path, pnginfo=info)
+
+
+def of_another_run(folder: RunFolder, path: Path) -> None:
+    other = make(path.parents[2] / "other", 3, {**SETTINGS, "nfe": 11})
+    shutil.copy(other.image_path(2), path)
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, swap, reencode, repaint, of_another_run])
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_broken_or_foreign_image_is_found(tmp_path, harm, manifest):
+    folder = make(tmp_path / "run")
+    if manifest:
+        folder.write_manifest(4)
+    harm(folder, folder.image_path(2))
+    assert folder.survey(4) == ({0, 1, 3}, ["000002.png"])
+
+
+def test_a_missing_image_is_missing_and_not_broken(tmp_path):
+    folder = make(tmp_path)
+    folder.image_path(1).unlink()
+    assert folder.survey(5) == ({0, 2, 3}, [])
+
+
+@pytest.mark.parametrize("name", ["000004.png", "cat.png", "notes.txt"])
+def test_images_that_cannot_be_the_runs_are_refused(tmp_path, name):
+    folder = make(tmp_path)
+    (folder.images / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=name):
+        folder.survey(4)
+    assert (folder.images / name).read_bytes() == b"x"
+
+
+def test_the_manifest_says_what_is_there(tmp_path):
+    folder = make(tmp_path)
+    assert folder.read_manifest() == {}
+    assert folder.write_manifest(6) == 4
+    manifest = folder.read_manifest()
+    assert (manifest["complete"], manifest["count"], manifest["num_images"]) == (False, 4, 6)
+    assert manifest["images"]["000001.png"] == store.file_hash(folder.image_path(1))
+    assert manifest["config_sha256"] == store.file_hash(tmp_path / "config.yaml")
+    folder.write_manifest(4)
+    assert folder.read_manifest()["complete"] is True
+    other = RunFolder(tmp_path, {**SETTINGS, "nfe": 11})
+    assert other.read_manifest() == {}
+
+
+def test_the_same_settings_go_on_and_leave_the_folder_as_it_was(tmp_path):
+    folder = make(tmp_path)
+    folder.close()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    again = RunFolder(tmp_path, SETTINGS)
+    again.open({"nfe": 10, "device": "another"}, overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_other_settings_are_refused_by_name_and_overwritten_on_demand(tmp_path):
+    folder = make(tmp_path)
+    folder.write_manifest(4)
+    folder.close()
+    (tmp_path / "notes.txt").write_text("mine")
+    (folder.images / "mine.png").write_text("mine")
+    other = RunFolder(tmp_path, {**SETTINGS, "nfe": 20, "solver": {"name": "ddim", "order": 2}})
+    with pytest.raises(UserError, match=r"nfe=10, not 20; solver.order=3, not 2") as error:
+        other.open({})
+    assert "overwrite=true" in str(error.value) and "\n" not in str(error.value)
+    assert folder.holds(0) and (tmp_path / "manifest.json").exists()
+    other.open({"nfe": 20}, overwrite=True)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".lock", "config.yaml", "images/mine.png", "notes.txt"]
+    assert store.read_config(tmp_path)["settings"]["nfe"] == 20
+
+
+@pytest.mark.parametrize("config", [None, "a: 1\n", "settings: 3\n", ": ["])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_runs_is_never_touched(tmp_path, config, overwrite):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/000000.png").write_text("precious")
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="not a run's folder"):
+        RunFolder(tmp_path, SETTINGS).open({}, overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_kill_at_any_point_of_opening_leaves_a_folder_that_opens(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    for path, others in ((tmp_path / "new", False), (tmp_path / "old", True)):
+        for stop in range(8):
+            if others:
+                make(path, 2, {**SETTINGS, "nfe": 11}).close()
+            calls = iter(range(100))
+
+            def dying(function, calls=calls, stop=stop):
+                def call(*args, **kwargs):
+                    if next(calls) == stop:
+                        raise Killed
+                    return function(*args, **kwargs)
+
+                return call
+
+            folder = RunFolder(path, SETTINGS)
+            with monkeypatch.context() as patch:
+                for name in ("mkdir", "unlink", "write_bytes"):
+                    patch.setattr(Path, name, dying(getattr(Path, name)))
+                patch.setattr(os, "replace", dying(os.replace))
+                with contextlib.suppress(Killed):
+                    folder.open({}, overwrite=others)
+            folder.close()
+            again = RunFolder(path, SETTINGS)
+            again.open({}, overwrite=others)
+            assert again.survey(2) == (set(), [])
+            assert not list(path.rglob(".*.tmp"))
+            again.close()
+            shutil.rmtree(path)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    folder = make(tmp_path)
+    folder.close()
+    for stale in (tmp_path / ".manifest.json.1.tmp", folder.images / ".000007.png.1.tmp"):
+        stale.write_bytes(b"half")
+    folder.open({})
+    assert not list(tmp_path.rglob("*.tmp")) and folder.survey(4) == ({0, 1, 2, 3}, [])
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+    folder = make(tmp_path)
+    with pytest.raises(UserError, match="another process"):
+        RunFolder(tmp_path, SETTINGS).open({})
+    folder.close()
+    RunFolder(tmp_path, SETTINGS).open({})
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match=f"run_dir={path}"):
+            RunFolder(path, SETTINGS).open({}, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def fail_after_half(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
+    folder = make(tmp_path, 2)
+    store.write_json(tmp_path / "metrics.json", {"a": 1})
+    before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(Path, "write_bytes", fail_after_half)
+    with pytest.raises(RunError, match="No space left on device") as error:
+        store.merge_json(tmp_path / "metrics.json", {"b": 2})
+    assert str(error.value).startswith(f"run_dir={tmp_path}") and "\n" not in str(error.value)
+    with pytest.raises(RunError, match="No space left"), Writer(folder) as writer:
+        writer.submit((i, pixels(i)) for i in (1, 2))
+        writer.wait()
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_disk_that_really_is_full(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        folder = make(tmp_path / "run", 0)
+        stored = 0
+        with pytest.raises(RunError, match="No space left"):
+            for stored in range(100):
+                folder.write_image(stored, np.tile(pixels(stored), (8, 8, 1)))
+        assert stored > 0
+        assert folder.survey(100) == (set(range(stored)), [])
+        folder.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_metrics_are_merged_and_a_broken_file_is_replaced(tmp_path):
+    path = tmp_path / "metrics.json"
+    store.merge_json(path, {"a": 1, "b": 1})
+    store.merge_json(path, {"b": 2})
+    assert store.read_json(path) == {"a": 1, "b": 2}
+    path.write_text("{")
+    store.merge_json(path, {"c": 3})
+    assert store.read_json(path) == {"c": 3}
+
+
+def test_the_writer_reports_the_batch_before_when_the_next_one_comes(tmp_path):
+    folder = make(tmp_path, 0)
+    with Writer(folder) as writer:
+        writer.submit((i, pixels(i)) for i in range(3))
+        writer.submit([(3, np.zeros((2, 2, 5), np.uint8))])  # five channels: no PNG
+        assert {path.name for path in folder.images.iterdir()} >= {"000000.png", "000002.png"}
+        with pytest.raises(TypeError):
+            writer.submit([])
