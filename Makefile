@@ -20,6 +20,7 @@ endif
 sample:
 	$(PYTHON) scripts/sample.py
 
+test: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 

@@ -457,7 +457,7 @@ def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer) -> set[
 
 @dataclass
 class Share:
-    """What one process makes of a run: every so-manieth of the blocks that miss an image."""
+    """What one of N processes makes of a run: each Nth of the blocks that miss an image."""
 
     cfg: Mapping[str, Any]
     device: torch.device

@@ -5,7 +5,10 @@
 Each class is its diffusers parent with the options of `lml.correction.LMLCorrection` and `target`
 beside the parent's own. `target` says which direction g is corrected:
 
-- "prediction": the network's output (after guidance), before the solver sees it;
+- "prediction": the noise that the network predicts (after guidance), before the solver sees it.
+  Networks that predict v or x0 are corrected in the noise that this amounts to: the same step
+  for any parametrisation. (Anchors in v make things worse: v turns along a trajectory even where
+  the noise does not.) Of flow matching it is the velocity;
 - "increment": the solver's whole step, x_s = A x_t + g with A the solver's own scalar;
 - "direction": the re-noising term alone, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
 
@@ -148,8 +151,25 @@ class LMLSchedulerMixin:
         if model_output.shape[1] == 2 * channels and "variance_type" in self.config:
             # the second half of the channels is a learned variance
             mean, variance = model_output.split(channels, dim=1)
-            return torch.cat([self.correction(mean, timestep), variance], dim=1)
-        return self.correction(model_output, timestep)
+            return torch.cat([self._correct_prediction(mean, timestep, sample), variance], dim=1)
+        kind = self.config.get("prediction_type", "epsilon")
+        if kind not in ("v_prediction", "sample"):
+            return self.correction(model_output, timestep)
+
+        index = min(round(float(timestep)), len(self.alphas_cumprod) - 1)
+        alpha = self.alphas_cumprod[index].sqrt().item()
+        sigma = (1 - alpha**2) ** 0.5
+        x = self.scale_model_input(sample, timestep).to(
+            torch.promote_types(sample.dtype, torch.float32)
+        )
+        output = model_output.to(x.dtype)
+        if kind == "v_prediction":
+            noise, slope = alpha * output + sigma * x, 1 / max(alpha, 1e-8)
+        else:
+            noise, slope = (x - alpha * output) / max(sigma, 1e-8), -sigma / max(alpha, 1e-8)
+        # by its difference, so that what is not corrected stays as it is to the last bit
+        difference = self.correction(noise, timestep) - noise
+        return (output + slope * difference).to(model_output.dtype)
 
     def _solve(self, step: Callable, arguments: dict):
         """The parent's output without the noise that it adds, and that noise."""

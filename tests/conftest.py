@@ -17,6 +17,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # pytest-xdist runs a process a core
 
 
 def save_tiny_model(path: Path) -> Path:

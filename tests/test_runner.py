@@ -128,9 +128,12 @@ def test_only_blocks_that_miss_an_image_are_made_again(script, toy, finished, mo
     (finished / "images/000009.png").unlink()
     (finished / "images/000001.png").write_bytes(before["000001.png"][:100])
     (finished / "images/000002.png").write_bytes(before["000003.png"])
+    whole = finished / "images/000000.png"
+    written = whole.stat().st_mtime_ns
     calls = evaluations(monkeypatch)
     outcome = script("sample", *toy, "run_dir=finished")
     assert outcome.code == 0 and outcome.err.count("\n") == 1
+    assert whole.stat().st_mtime_ns == written
     assert "made again: 000001.png, 000002.png" in outcome.err
     assert calls == [4] * 4 + [2] * 4
     assert contents(finished / "images") == before
@@ -272,13 +275,14 @@ def test_nan_stops_the_run_and_stores_nothing_of_the_batch(script, toy, tmp_path
     monkeypatch.undo()
 
 
-def scheduler(solver: str, model: str = "gaussian", grid: str = "default"):
+def scheduler(solver: str, grid: str = "default"):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(runner.ROOT / "configs"), version_base="1.3"):
-        cfg = compose("sample", [f"solver={solver}", f"model={model}", f"grid={grid}"])
+        cfg = compose("sample", [f"solver={solver}", "model=gaussian", f"grid={grid}"])
     cfg = OmegaConf.to_container(cfg, resolve=True)
+    cfg["model"]["scheduler"] = {"_target_": "diffusers.DDPMScheduler"}
     return runner.make_scheduler(cfg, pixel.find(cfg["model"]))
 
 
@@ -306,7 +310,7 @@ def test_nfe_is_met_exactly_or_refused_with_the_nearest(solver):
                 runner.find_steps(made, nfe, solver)
 
 
-def test_the_models_schedule_is_taken_and_its_grid_is_not(tiny_model):
+def test_the_models_schedule_is_taken_and_its_grid_is_not():
     """Heun's own betas and DDPM's leading grid are what diffusers' from_config would hand on."""
     made = scheduler("heun")
     assert made.config.beta_start == pytest.approx(1e-4) and made.config.beta_end == 0.02

@@ -56,9 +56,9 @@ class Empirical(ExactModel):
         prediction_type: str | None = None,
     ) -> Empirical:
         """The first `count` training images of CIFAR-10, read by `lml.data.cifar10.load`."""
+        if not 1 <= count <= 50_000:
+            raise UserError(f"count={count}: from 1 to 50000")
         images, _ = cifar10.load("train", path, download, key="model.network")
-        if not 1 <= count <= len(images):
-            raise UserError(f"count={count}: from 1 to {len(images)}")
         return cls(
             images[:count].clone(),
             block_size=block_size,

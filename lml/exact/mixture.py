@@ -42,7 +42,7 @@ class MixtureOfGaussians(ExactModel):
             raise UserError(f"floor={floor}: a variance, at least 0")
         basis, scale, _ = torch.linalg.svd(factors.double(), full_matrices=False)
         self.floor = float(floor)
-        self.register_buffer("log_weights", (weights.double() / weights.sum()).log())
+        self.register_buffer("log_weights", weights.double().log())
         self.register_buffer("means", means.double().flatten(1))
         self.register_buffer("basis", basis)
         self.register_buffer("variances", scale**2)
@@ -142,9 +142,8 @@ class MixtureOfGaussians(ExactModel):
         inside = weights[:, :, None] * (variances - floor_variance[:, :, None]) * v_along
         within = floor_variance * v + torch.einsum("bkr,kdr->bd", inside, self.basis)
 
-        means_v = (
+        means_v = (  # m_k·v but for a term that is the same for all k
             (1 - floor * alpha) * (v @ self.means.T)
-            + floor * (x * v).sum(1, keepdim=True)
             + ((gain - floor[:, :, None]) * along * v_along).sum(2)
         )
         centred = weights * (means_v - (weights * means_v).sum(1, keepdim=True))

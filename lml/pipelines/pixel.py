@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from lml.data.assets import locate
 from lml.errors import UserError
@@ -65,11 +65,11 @@ class SpaceToDepth(nn.Module):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        x = F.pixel_unshuffle(sample, self.patch)
+        x = pixel_unshuffle(sample, self.patch)
         if sample.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.network(x, timestep, class_labels, return_dict=False)[0]
-        x = F.pixel_shuffle(x, self.patch)
+        x = pixel_shuffle(x, self.patch)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
 

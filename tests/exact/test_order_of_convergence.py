@@ -217,8 +217,8 @@ def test_start_in_the_middle(solver):
     """Begun at t = 499, as img2img does, the first step's first order shows: an error of h².
 
     At t = 999 it does not, as the denoised image hardly changes there. The corrector takes that
-    step to second order, an error of h³, with which UniPC-2 keeps its order and UniPC-3 (whose
-    fourth shows down to errors of 1e-8 still) in practice too.
+    step to second order, an error of h³, with which UniPC-2 keeps its order and UniPC-3 too
+    as far as it shows here, down to errors of 1e-8.
     """
     name, options, order = SOLVERS[solver]
     order = 2 if "unipc" not in solver else order
