@@ -86,7 +86,7 @@ class LMLSchedulerMixin:
         # The undecorated one, so that the configuration is registered once, by this class.
         parent_init = inspect.unwrap(parent.__init__)
 
-        def __init__(self, *args, **kwargs):
+        def init(self, *args, **kwargs):
             defaults = {option.name: option.default for option in _options()}
             options = {name: kwargs.pop(name, default) for name, default in defaults.items()}
             target = options.pop("target")
@@ -98,8 +98,8 @@ class LMLSchedulerMixin:
             parent_init(self, *args, **kwargs)
 
         own = inspect.signature(parent_init)
-        __init__.__signature__ = own.replace(parameters=[*own.parameters.values(), *_options()])
-        cls.__init__ = register_to_config(__init__)
+        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *_options()])
+        cls.__init__ = register_to_config(init)
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:

@@ -49,7 +49,7 @@ def test_sheets(tmp_path, pixels):
     images, labels = cifar10.load("train", tmp_path)
     assert np.array_equal(images.permute(0, 2, 3, 1), pixels[:10])
     assert labels.tolist() == list(range(10))
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert limit == Image.MAX_IMAGE_PIXELS
     (tmp_path / "data_batch_2.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match=r"data_batch_2\.png: not a sheet of CIFAR-10"):
         cifar10.load("train", tmp_path)

@@ -75,7 +75,7 @@ def test_a_file_with_a_flipped_bit_is_named(folder):
 
 def test_an_image_of_another_size_is_named(folder, pixels):
     save(folder / "003.png", pixels[3, :, :6])
-    message = rf"003\.png: 6x6 pixels; all images must have the 8x6 of 000\.png$"
+    message = r"003\.png: 6x6 pixels; all images must have the 8x6 of 000\.png$"
     with pytest.raises(UserError, match=message):
         list(ImageFolder(folder).batches(2))
 

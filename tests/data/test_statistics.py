@@ -85,7 +85,7 @@ def test_files_that_are_not_statistics(tmp_path):
         with pytest.raises(UserError, match=rf"^a\.b={path}: not a file of reference statistics"):
             ReferenceStatistics.load(path, "a.b")
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3)), count=5)
-    with pytest.raises(UserError, match="not a file of reference statistics .*protocol"):
+    with pytest.raises(UserError, match=r"not a file of reference statistics .*protocol"):
         ReferenceStatistics.load(path)
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 2)), count=5, protocol="{}")
     with pytest.raises(UserError, match=r"mu \[3\] and sigma \[3, 2\] don't fit"):

@@ -133,7 +133,7 @@ def test_bad_images(extractor, reference):
         metric.update(torch.zeros(2, 3, 6, 5, dtype=torch.uint8))
     metric.reset()
     metric.update(random_images(1, 0))
-    with pytest.raises(UserError, match="num_images=1: .* at least 2 images"):
+    with pytest.raises(UserError, match=r"num_images=1: .* at least 2 images"):
         metric.compute()
 
 
