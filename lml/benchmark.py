@@ -34,6 +34,7 @@ from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.errors import UserError
 from lml.pipelines import pixel
+from lml.schedulers import OPTIONS
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],

@@ -111,7 +111,7 @@ def test_no_tensor_is_larger_than_a_block():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
 def test_fifty_thousand_images_of_3072_dimensions():
-    """The whole process, torch included, stays under 1 GiB, and the call itself under 200 MB."""
+    """The whole process stays under 4 GiB. The call adds under 200 MB; in one block, 1.2 GB."""
     script = """
 import resource, torch
 from lml.exact import Empirical
@@ -128,7 +128,7 @@ print(peak() - before, peak())
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )
     extra, total = map(float, run.stdout.split())
-    assert extra < 200 and total < 1024
+    assert extra < 200 and total < 4096
 
 
 @pytest.mark.skipif(
