@@ -3,9 +3,14 @@
 Prints a Markdown table of ratios, each measured within one run, and writes JSON to `out=FILE`.
 """
 
+import sys
+from pathlib import Path
+
 from omegaconf import DictConfig
 
-from lml.cli import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
+
+from lml.cli import main  # noqa: E402
 
 
 @main("benchmark")
