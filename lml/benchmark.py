@@ -219,11 +219,9 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     config = OmegaConf.to_container(config, resolve=True)
     model = pixel.find(config["model"])
     device = runner.find_device(config["device"])
-    scheduler = runner.make_scheduler(config, model)
-    pipeline = DDIMPipeline(
-        unet=model.load(device, torch.float32),
-        scheduler=DDIMScheduler.from_config(scheduler.config),
-    )
+    options = runner.make_scheduler(config, model).config
+    options = {name: value for name, value in options.items() if name not in OPTIONS}
+    pipeline = DDIMPipeline(model.load(device, torch.float32), DDIMScheduler.from_config(options))
     pipeline.set_progress_bar_config(disable=True)
 
     def make(indices: range) -> np.ndarray:
