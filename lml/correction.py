@@ -27,7 +27,7 @@ from torch import Tensor, nn
 DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
 
-BLOCK = 2**17  # numbers of the direction that are corrected at a time: fits the cache
+BLOCK = 2**17  # numbers of direction and anchors that are taken at a time: fits the cache
 ROUNDING = 500  # machine epsilons of mean |u|^2: a smaller damping drowns in U^T U's rounding
 LARGEST = 1e150  # a larger damping changes nothing, and its square is not finite
 
@@ -130,9 +130,14 @@ class LMLCorrection(nn.Module):
                 f"direction of shape {tuple(direction.shape)} after one of "
                 f"{tuple(self.history[-1].shape)}: reset() starts a new trajectory"
             )
-        anchors = list(self.history)
+        corrected = self._corrected(list(self.history), direction, timestep)
+        del self.history[
+            : max(0, len(self.history) + 1 - self.rank)
+        ]  # first, to hold r of them, not r + 1
         self.history.append(direction.clone())
-        del self.history[: -self.rank]
+        return corrected
+
+    def _corrected(self, anchors: list[Tensor], direction: Tensor, timestep) -> Tensor:
         if self._frozen(timestep):
             return direction
         if self.anchor == "ema":
@@ -143,7 +148,8 @@ class LMLCorrection(nn.Module):
             return direction
 
         corrected = torch.empty_like(direction)
-        size = max(1, BLOCK * len(direction) // max(direction.numel(), 1))
+        numbers = (len(anchors) + 1) * direction.numel()
+        size = max(1, BLOCK * len(direction) // max(numbers, 1))
         for start in range(0, len(direction), size):
             block = slice(start, start + size)
             corrected[block] = self._correct([u[block] for u in anchors], direction[block])

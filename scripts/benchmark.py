@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
 
-from lml.cli import main  # noqa: E402
+from lml.cli import main
 
 
 @main("benchmark")
