@@ -132,7 +132,7 @@ def correction_memory(shape: Sequence[int], ranks: Sequence[int]) -> list[Row]:
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU allocator handed out at a time during `function`, net.
+    """The most bytes that torch's CPU allocator handed out during `function` and held at a time.
 
     Counts every allocation, those inside an operation too, as the profiler saw it.
     """
@@ -144,9 +144,15 @@ def peak_memory(function: Callable[[], Any]) -> int:
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     events = [event["args"] for event in events if event.get("name") == "[memory]"]
-    events = [args for args in events if args["Device Type"] == 0]
-    allocated = np.cumsum([args["Bytes"] for args in sorted(events, key=lambda a: a["Ev Idx"])])
-    return int(max(allocated, default=0))
+    held, total, peak = {}, 0, 0
+    for event in sorted(events, key=lambda event: event["Ev Idx"]):
+        if event["Bytes"] > 0:
+            held[event["Addr"]] = event["Bytes"]
+            total += event["Bytes"]
+        else:
+            total -= held.pop(event["Addr"], 0)  # 0 for what was there before
+        peak = max(peak, total)
+    return peak
 
 
 # --- the run -------------------------------------------------------------------------------------

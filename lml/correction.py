@@ -131,9 +131,8 @@ class LMLCorrection(nn.Module):
                 f"{tuple(self.history[-1].shape)}: reset() starts a new trajectory"
             )
         corrected = self._corrected(list(self.history), direction, timestep)
-        del self.history[
-            : max(0, len(self.history) + 1 - self.rank)
-        ]  # first, to hold r of them, not r + 1
+        # The oldest goes before the copy is made: to hold r of them, not r + 1.
+        del self.history[: max(0, len(self.history) + 1 - self.rank)]
         self.history.append(direction.clone())
         return corrected
 

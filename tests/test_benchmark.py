@@ -1,30 +1,138 @@
-"""The benchmark's own measurements, on functions whose answer is known, and at toy size."""
-
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hydra import compose, initialize_config_dir
 
 from lml import benchmark
+from lml.benchmark import Row, peak_memory
+from lml.data.assets import ROOT
+from lml.errors import UserError
 
 
-def test_peak_memory_counts_what_lives_at_the_same_time():
-    x = torch.randn(1000, 100)
-    assert benchmark.peak_memory(lambda: [x.clone(), x.clone()]) == 2 * x.nbytes
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return compose("benchmark", overrides)
+
+
+def test_peak_memory_of_known_functions():
+    x = torch.randn(1000, 50)
+    kept = []
+
+    def side_by_side():
+        first = x.clone()
+        second = x.clone()
+        return first, second
 
     def one_after_the_other():
         for _ in range(3):
             x.clone()
 
-    assert benchmark.peak_memory(one_after_the_other) == x.nbytes
+    def inside_an_operation():
+        return x.float().sort(dim=0)  # values, and indices of twice the size
+
+    def keep_one():
+        kept.append(x.clone())
+
+    def free_the_other_one_first():
+        kept.clear()
+        return x.clone()
+
+    tensors = {f: peak_memory(f) / x.nbytes for f in (side_by_side, one_after_the_other)}
+    assert tensors == {side_by_side: 2, one_after_the_other: 1}
+    assert peak_memory(inside_an_operation) >= 3 * x.nbytes
+    assert peak_memory(keep_one) == peak_memory(free_the_other_one_first) == x.nbytes
+    assert peak_memory(lambda: x.add_(1)) < 100
 
 
-def test_the_correction_keeps_its_promise_of_memory():
-    rows = benchmark.correction_memory((256, 3, 32, 32), [1, 2, 4])
-    assert len(rows) == 3
-    assert all(row.met for row in rows)
+def test_memory_of_the_correction_counts_the_anchors_and_the_result():
+    few, many = (benchmark.correction_memory((64, 3, 8, 8), [rank])[0] for rank in (1, 4))
+    assert few.value >= 2 and many.value - few.value >= 3
 
 
-def test_correction_time_gives_a_ratio_for_every_rank():
-    rows = benchmark.correction_time((2, 3, 8, 8), [1, 2], 3)
-    assert len(rows) == 4
-    assert all(row.value > 0 for row in rows)
+@pytest.mark.parametrize(
+    ("value", "goal", "met"),
+    [(4, "<= 4", True), (4.1, "<= 4", False), (1.3, ">= 1.3", True), (1, ">= 1.3", False)],
+)
+def test_goals(value, goal, met):
+    assert Row("it", value, goal).met is met
+    assert Row("it", value).met is None
+
+
+def test_toy_benchmark(tiny_model, tmp_path, capsys):
+    cfg = config(
+        f"model.path={tiny_model}",
+        "model.patch=1",
+        "shape=[2,3,4,4]",
+        "ranks=[1,2]",
+        "repeats=3",
+        "nfe=3",
+        "batch_size=2",
+        "batches=2",
+        "threads=1",
+        "settings=[float32,bfloat16]",
+        f"out={tmp_path / 'out.json'}",
+    )
+    before = torch.get_num_threads()
+    rows = benchmark.benchmark(cfg)
+    torch.set_num_threads(before)
+    values = {row.measured: row.value for row in rows}
+    assert len(values) == len(rows) == 2 * 2 + 2 + 2 * 2 + 2
+    assert all(value > 0 for value in values.values())
+    # the run and diffusers' pipeline make the same images from the same seeds
+    assert values["largest difference of their pixels, in 1/255: float32"] <= 0.51
+    assert values["largest difference of their pixels, in 1/255: bfloat16"] > 0.51
+
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert len(lines) == len(rows) + 1 and "1 threads" in printed
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert [row["value"] for row in saved["rows"]] == list(values.values())
+    assert set(saved["speeds"]) == {"float32", "bfloat16"}
+
+
+def test_other_noise_would_be_seen(tiny_model, monkeypatch):
+    """The comparison of images has teeth: one seed off, and they differ."""
+    make_pipeline = benchmark.ddim_pipeline
+
+    def off_by_one(cfg):
+        make = make_pipeline(cfg)
+        return lambda indices: make(range(indices.start + 1, indices.stop + 1))
+
+    monkeypatch.setattr(benchmark, "ddim_pipeline", off_by_one)
+    cfg = config(f"model.path={tiny_model}", "model.patch=1")
+    arguments = ["nfe=2", "batch_size=2", "threads=1"]
+    rows, _ = benchmark.run_speed("float32", 1, cfg.model, arguments)
+    assert rows[1].value > 20
+
+
+def test_change_of_fd_cifar(tmp_path):
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=32,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(network, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    cfg = config(f"model.path={tmp_path}", "model.patch=1")
+    arguments = ["nfe=1", "batch_size=4", "threads=1"]
+    (row,) = benchmark.fd_change("bfloat16", 4, cfg.model, arguments)
+    assert 0 < row.value < 100 and "4 images" in row.remark
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parts=[correction,speed]", "^parts=speed: one of correction, fd, memory"),
+        ("settings=[float16]", "^settings=float16: one of float32, bfloat16, compiled"),
+    ],
+)
+def test_bad_input(override, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.benchmark(config(override))
