@@ -184,6 +184,8 @@ WORKER = textwrap.dedent(
         except UserError as error:
             results.append(str(error))
     open(f"{sys.argv[3]}.{dist.get_rank()}", "w").write(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()  # left to the interpreter's end, it aborts now and then
     """
 )
 
