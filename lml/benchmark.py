@@ -32,6 +32,7 @@ from lml import runner
 from lml.correction import LMLCorrection
 from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
+from lml.device import find_device
 from lml.errors import UserError
 from lml.pipelines import pixel
 from lml.schedulers import OPTIONS
@@ -224,7 +225,7 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     """DDIMPipeline on a run's checkpoint; makes the images of `indices`, (B, H, W, C) in [0, 1]."""
     config = OmegaConf.to_container(config, resolve=True)
     model = pixel.find(config["model"])
-    device = runner.find_device(config["device"])
+    device = find_device(config["device"])
     options = runner.make_scheduler(config, model).config
     options = {name: value for name, value in options.items() if name not in OPTIONS}
     pipeline = DDIMPipeline(model.load(device, torch.float32), DDIMScheduler.from_config(options))

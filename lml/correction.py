@@ -130,13 +130,13 @@ class LMLCorrection(nn.Module):
                 f"direction of shape {tuple(direction.shape)} after one of "
                 f"{tuple(self.history[-1].shape)}: reset() starts a new trajectory"
             )
-        corrected = self._corrected(list(self.history), direction, timestep)
+        corrected = self._correct(list(self.history), direction, timestep)
         # The oldest goes before the copy is made: to hold r of them, not r + 1.
         del self.history[: max(0, len(self.history) + 1 - self.rank)]
         self.history.append(direction.clone())
         return corrected
 
-    def _corrected(self, anchors: list[Tensor], direction: Tensor, timestep) -> Tensor:
+    def _correct(self, anchors: list[Tensor], direction: Tensor, timestep) -> Tensor:
         if self._frozen(timestep):
             return direction
         if self.anchor == "ema":
@@ -151,7 +151,7 @@ class LMLCorrection(nn.Module):
         size = max(1, BLOCK * len(direction) // max(numbers, 1))
         for start in range(0, len(direction), size):
             block = slice(start, start + size)
-            corrected[block] = self._correct([u[block] for u in anchors], direction[block])
+            corrected[block] = self._correct_block([u[block] for u in anchors], direction[block])
         return corrected
 
     def _frozen(self, timestep: float | Tensor | None) -> bool:
@@ -161,7 +161,7 @@ class LMLCorrection(nn.Module):
             raise ValueError(f"freeze={self.freeze}: needs the timestep of each direction")
         return float(timestep) >= (1 - self.freeze) * self.num_train_timesteps
 
-    def _correct(self, anchors: list[Tensor], direction: Tensor) -> Tensor:
+    def _correct_block(self, anchors: list[Tensor], direction: Tensor) -> Tensor:
         """g' of a few samples (b, ...), not yet in the type of `direction`."""
         # Apple's GPUs have no float64.
         dtype = torch.float32 if direction.device.type == "mps" else torch.float64

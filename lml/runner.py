@@ -36,6 +36,7 @@ from torchvision.utils import make_grid
 from lml import __version__
 from lml.data.assets import ROOT
 from lml.data.images import read
+from lml.device import use_device
 from lml.errors import UserError, nearest
 from lml.metrics.evaluate import Context, build, evaluate
 from lml.pipelines import pixel
@@ -88,23 +89,6 @@ def check_whole(cfg: Mapping[str, Any], lowest: Mapping[str, int]) -> None:
         value = cfg[key]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**62:
             raise UserError(f"{key}={value}: a whole number of at least {low} is asked")
-
-
-def find_device(name: str) -> torch.device:
-    """The device `name`; "auto" is a GPU where there is one. Processes share out the GPUs."""
-    kinds = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    there = [kind for kind, available in kinds.items() if available]
-    if name == "auto":
-        name = "cuda" if kinds["cuda"] else "cpu"
-    if name == "cuda" and kinds["cuda"]:
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-        if device.type not in there or (device.index or 0) >= max(1, torch.cuda.device_count()):
-            raise RuntimeError("not there")
-    except (RuntimeError, TypeError):
-        raise UserError(f"device={name}: not there; auto or {' or '.join(there)} is") from None
-    return device
 
 
 def make_scheduler(cfg: Mapping[str, Any], model: pixel.PixelModel) -> SchedulerMixin:
@@ -334,9 +318,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     config = OmegaConf.to_container(cfg, resolve=True)
     observer = observer or Observer()
     check(config)
-    device = find_device(config["device"])
-    if config["threads"] is not None:
-        torch.set_num_threads(config["threads"])
+    device = use_device(config["device"], config["threads"])
     with processes():
         metrics = build(config["metrics"])  # before any work, since it may be a typo
         folder, timing = generate(config, device, observer)
@@ -357,9 +339,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     if (run_dir is None) == (images is None):
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
     check_whole(config, {"batch_size": 1})
-    device = find_device(config["device"])
-    if config["threads"] is not None:
-        torch.set_num_threads(config["threads"])
+    device = use_device(config["device"], config["threads"])
     reference = None
     if run_dir is not None:
         images = Path(run_dir) / "images"

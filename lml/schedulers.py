@@ -43,8 +43,7 @@ from torch import Tensor
 from lml.correction import LMLCorrection
 
 
-def _options() -> list[inspect.Parameter]:
-    """The keyword options that LML adds to a scheduler."""
+def _parameters() -> list[inspect.Parameter]:
     options = dict(inspect.signature(LMLCorrection).parameters)
     del options["num_train_timesteps"]  # the scheduler's own
     options["target"] = inspect.Parameter(
@@ -53,7 +52,8 @@ def _options() -> list[inspect.Parameter]:
     return [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
 
 
-OPTIONS = tuple(option.name for option in _options())
+PARAMETERS = _parameters()  # the keyword options that LML adds to a scheduler
+OPTIONS = tuple(parameter.name for parameter in PARAMETERS)
 
 
 def _like(parent: Callable, method: Callable) -> Callable:
@@ -87,10 +87,8 @@ class LMLSchedulerMixin:
         parent_init = inspect.unwrap(parent.__init__)
 
         def init(self, *args, **kwargs):
-            defaults = {option.name: option.default for option in _options()}
-            options = {name: kwargs.pop(name, default) for name, default in defaults.items()}
-            target = options.pop("target")
-            self._check_target(target)
+            options = {p.name: kwargs.pop(p.name, p.default) for p in PARAMETERS}
+            self._check_target(options.pop("target"))
             # Before the parent's __init__: some set their timesteps there.
             self.correction = LMLCorrection(
                 **options, num_train_timesteps=self.config.num_train_timesteps
@@ -98,7 +96,7 @@ class LMLSchedulerMixin:
             parent_init(self, *args, **kwargs)
 
         own = inspect.signature(parent_init)
-        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *_options()])
+        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *PARAMETERS])
         cls.__init__ = register_to_config(init)
 
     @classmethod

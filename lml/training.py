@@ -33,7 +33,11 @@ from tqdm import tqdm
 
 from lml.data import cifar10
 from lml.data.statistics import make_reference
+from lml.device import use_device
 from lml.metrics.frechet import load_features
+from lml.pipelines import pixel
+
+SHARD = "15MB"  # small enough for git
 
 
 @dataclass
@@ -57,11 +61,6 @@ class Budget:
         return self.lr * min(1.0, (step + 1) / self.warmup, max(fall, 0.01))
 
 
-def pick_device(name: str) -> str:
-    """`name`, or with "auto" a GPU where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def batches(count: int, batch_size: int, generator: torch.Generator):
     """Endless index batches; every image once an epoch, in a new order each time."""
     while True:
@@ -76,7 +75,7 @@ def fit(
     budget: Budget,
     out: Path,
     on_save: Callable[[nn.Module, dict], dict] = lambda model, record: {},
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Minimise `loss(model, indices, generator)` over `count` images until the minutes are spent.
 
@@ -189,7 +188,7 @@ def train_denoiser(
     budget: Budget,
     out: Path,
     on_save: Callable[[nn.Module, dict], dict] = lambda model, record: {},
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     uniform: float = 0.3,
     log_sigma_mean: float = -0.8,
     log_sigma_std: float = 1.2,
@@ -228,7 +227,7 @@ def train_classifier(
     budget: Budget,
     out: Path,
     on_save: Callable[[nn.Module, dict], dict] = lambda model, record: {},
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Train `network` (its `head` on its features) with flips, shifts and smoothed labels."""
     padded = F.pad(images, (4, 4, 4, 4))
@@ -248,29 +247,26 @@ def train_classifier(
     return fit(network, loss, len(images), budget, out, on_save, device)
 
 
-@torch.no_grad()
 def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, patch: int, count: int = 64) -> Tensor:
     """Samples (count, C, H, W) in [-1, 1] of a 20-evaluation run, always from the same noise."""
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    solver.set_timesteps(20)
     shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
-    for timestep in solver.timesteps:
-        with torch.autocast(sample.device.type, torch.bfloat16):
-            prediction = unet(sample, timestep).sample
-        sample = solver.step(prediction.float(), timestep, sample).prev_sample
-    return F.pixel_shuffle(sample, patch)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.autocast(unet.device.type, torch.bfloat16):
+        return pixel.sample(
+            pixel.SpaceToDepth(unet, patch), solver, 20, F.pixel_shuffle(noise, patch)
+        )
 
 
-def export(network: ModelMixin, folder: Path) -> None:
-    """Write `network` in half precision, in shards small enough for git."""
-    copy.deepcopy(network).half().save_pretrained(folder, max_shard_size="15MB")
+def half(network: ModelMixin) -> ModelMixin:
+    """A copy of `network` in half precision, as the repository keeps its weights."""
+    return copy.deepcopy(network).half()
 
 
 def run_denoiser(cfg: DictConfig) -> None:
     """Train the denoiser of `cfg`; `run_dir/model` is a diffusers pipeline folder at every save."""
     images, _ = cifar10.load("train", cfg.data.path, cfg.data.download)
-    out, device = Path(cfg.run_dir), pick_device(cfg.device)
+    out, device = Path(cfg.run_dir), use_device(cfg.device, cfg.threads)
     torch.manual_seed(0)
     unet, scheduler = instantiate(cfg.unet, _convert_="all"), instantiate(cfg.scheduler)
     patch = images.shape[-1] // unet.config.sample_size
@@ -281,9 +277,8 @@ def run_denoiser(cfg: DictConfig) -> None:
         save_image(
             grid.cpu() / 2 + 0.5, out / "grids" / f"{record['images']:09d}.png", nrow=8, padding=2
         )
-        # The pipeline writes its index and the scheduler; the weights over its own go in half.
-        DDPMPipeline(model, scheduler).save_pretrained(out / "model")
-        export(model, out / "model" / "unet")
+        pipeline = DDPMPipeline(half(model), scheduler)
+        pipeline.save_pretrained(out / "model", max_shard_size=SHARD)
         return {
             "sample_mean": round(grid.mean().item(), 3),
             "sample_std": round(grid.std().item(), 3),
@@ -298,7 +293,7 @@ def run_features(cfg: DictConfig) -> None:
     """Train the feature network of `cfg`: `run_dir/model`, and `run_dir/fd_cifar.npz` beside it."""
     images, labels = cifar10.load("train", cfg.data.path, cfg.data.download)
     test_images, test_labels = cifar10.load("test", cfg.data.path, cfg.data.download)
-    out, device = Path(cfg.run_dir), pick_device(cfg.device)
+    out, device = Path(cfg.run_dir), use_device(cfg.device, cfg.threads)
     torch.manual_seed(0)
 
     @torch.no_grad()
@@ -311,6 +306,6 @@ def run_features(cfg: DictConfig) -> None:
     network = train_classifier(
         instantiate(cfg.network), images, labels, Budget(**cfg.budget), out, on_save, device
     )
-    export(network, out / "model")
+    half(network).save_pretrained(out / "model", max_shard_size=SHARD)
     # As it is read back: half precision has rounded the weights.
     make_reference(load_features(out / "model"), images, out / "fd_cifar.npz")

@@ -15,12 +15,8 @@ from lml.cli import main
 
 @main("train")
 def train(cfg: DictConfig) -> None:
-    import torch
-
     from lml import training
 
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
     {"denoiser": training.run_denoiser, "features": training.run_features}[cfg.task](cfg)
 
 

@@ -20,27 +20,35 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # pytest-xdist runs a process a core
 
 
-def save_tiny_model(path: Path) -> Path:
-    """A random DDPM of 8x8 images, with a network of a few thousand parameters."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = UNet2DModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8,),
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            norm_num_groups=4,
-        )
-    schedule = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
-    DDPMPipeline(network, schedule).save_pretrained(path)
-    return path
+@pytest.fixture(scope="session")
+def tiny_unet() -> Callable[..., UNet2DModel]:
+    """`tiny_unet(**options)` makes a random UNet2DModel of a few thousand parameters."""
+
+    def make(**options) -> UNet2DModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return UNet2DModel(
+                **{
+                    "sample_size": 8,
+                    "layers_per_block": 1,
+                    "block_out_channels": (8,),
+                    "down_block_types": ("DownBlock2D",),
+                    "up_block_types": ("UpBlock2D",),
+                    "norm_num_groups": 4,
+                    **options,
+                }
+            )
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in diffusers' format; not to be written to."""
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_unet) -> Path:
+    """A DDPM of 8x8 images in diffusers' format; not to be written to."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    schedule = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    DDPMPipeline(tiny_unet(), schedule).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from hydra import compose, initialize_config_dir
 
 from lml import benchmark
@@ -109,16 +109,8 @@ def test_other_noise_would_be_seen(tiny_model, monkeypatch):
     assert rows[1].value > 20
 
 
-def test_change_of_fd_cifar(tmp_path):
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=32,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    )
+def test_change_of_fd_cifar(tmp_path, tiny_unet):
+    network = tiny_unet(sample_size=32)
     DDPMPipeline(network, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
     cfg = config(f"model.path={tmp_path}", "model.patch=1")
     arguments = ["nfe=1", "batch_size=4", "threads=1"]

@@ -342,20 +342,9 @@ def test_other_types_make_nearly_the_same_images(script, toy, finished, tmp_path
     assert error < {"bfloat16": 8, "float16": 1, "float64": 0.01}[dtype]
 
 
-def test_space_to_depth_is_the_network_on_blocks(tiny_model):
-    from diffusers import UNet2DModel
-
+def test_space_to_depth_is_the_network_on_blocks(tiny_unet):
     torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=4,
-        in_channels=12,
-        out_channels=12,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    ).eval()
+    network = tiny_unet(sample_size=4, in_channels=12, out_channels=12).eval()
     wrapped = pixel.SpaceToDepth(network, 2)
     assert wrapped.config.in_channels == 3 and pixel.size(wrapped) == (8, 8)
     images = torch.randn(2, 3, 8, 8)

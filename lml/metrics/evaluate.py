@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from torch import Tensor
 from torchmetrics import Metric
 
 from lml.data.images import ImageFolder
 from lml.errors import UserError
+from lml.instances import make
 
 
 @dataclass
@@ -40,13 +39,7 @@ def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     made = {}
     for name, config in (metrics or {}).items():
         if not isinstance(config, Metric):
-            try:
-                config = instantiate(config)
-            except HydraException as error:
-                if isinstance(error.__cause__, UserError):
-                    raise error.__cause__ from None
-                reason = str(error.__cause__ or error).splitlines()[0]
-                raise UserError(f"metrics.{name}: {reason}") from None
+            config = make(config, f"metrics.{name}")
         if not isinstance(config, Metric):
             raise UserError(f"metrics.{name}: a _target_ that makes a torchmetrics Metric is asked")
         made[name] = config

@@ -16,13 +16,12 @@ from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from lml.data.assets import locate
 from lml.errors import UserError
+from lml.instances import make
 
 FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "unet/*.safetensors")  # of a hub model
 
@@ -230,13 +229,7 @@ def _read_scheduler(root: Path, key: str) -> tuple[SchedulerMixin, dict[str, Any
 def _make(config: Any, key: str) -> Any:
     if not isinstance(config, Mapping) or "_target_" not in config:
         return config
-    try:
-        return instantiate(config)
-    except HydraException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{key}={config['_target_']}: {reason}") from None
+    return make(config, f"{key}={config['_target_']}")
 
 
 def _fingerprint(folder: Path) -> str:

@@ -1,0 +1,34 @@
+"""The device that a script works on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from lml.errors import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """The device `name`; "auto" is a GPU where there is one. Processes share out the GPUs."""
+    kinds = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    there = [kind for kind, available in kinds.items() if available]
+    if name == "auto":
+        name = "cuda" if kinds["cuda"] else "cpu"
+    if name == "cuda" and kinds["cuda"]:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+        if device.type not in there or (device.index or 0) >= max(1, torch.cuda.device_count()):
+            raise RuntimeError("not there")
+    except (RuntimeError, TypeError):
+        raise UserError(f"device={name}: not there; auto or {' or '.join(there)} is") from None
+    return device
+
+
+def use_device(name: str, threads: int | None) -> torch.device:
+    """`find_device(name)`, with `threads` CPU threads from now on; None is torch's own choice."""
+    device = find_device(name)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return device
