@@ -34,11 +34,12 @@ from torch import nn
 from torchvision.utils import make_grid
 
 from lml import __version__
+from lml.data import prompts
 from lml.data.assets import ROOT
 from lml.data.images import read
 from lml.device import use_device
 from lml.errors import UserError, nearest
-from lml.metrics.evaluate import Context, build, evaluate
+from lml.metrics.evaluate import Context, build, check_prompts, evaluate
 from lml.pipelines import pixel
 from lml.store import (
     RunError,
@@ -321,11 +322,13 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     device = use_device(config["device"], config["threads"])
     with processes():
         metrics = build(config["metrics"])  # before any work, since it may be a typo
+        check_prompts(metrics, bool(config["prompts"]))
         folder, timing = generate(config, device, observer)
         observer.finish(folder, timing)
         if metrics:
             reference = partial(reference_run, config, device, observer)
-            results = evaluate(folder.images, metrics, context=Context(reference, device))
+            context = Context(reference, device, prompts=prompts.find(folder.images))
+            results = evaluate(folder.images, metrics, context=context)
             on_first(lambda: merge_json(folder.path / "metrics.json", results))
             observer.scored(results)
     return folder.path
@@ -350,7 +353,8 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
             )
     out = Path(out) if out else Path(run_dir or images) / "metrics.json"
     with processes():
-        context = Context(reference, device, config["batch_size"])
+        texts = on_first(partial(prompts.find, images, config["prompts"]))
+        context = Context(reference, device, config["batch_size"], texts)
         results = evaluate(images, config["metrics"], context=context)
         on_first(lambda: merge_json(out, results))
         observer.scored(results)

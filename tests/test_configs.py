@@ -29,8 +29,8 @@ def composed(*overrides: str, config: str = "sample") -> dict:
 
 def test_no_folder_of_configs_is_forgotten_here():
     groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
-    mine = {"model", "solver", "grid", "lml", "metrics", "logger", "experiment"}
-    assert mine <= groups and groups - mine <= {"train"}
+    mine = {"model", "solver", "grid", "lml", "metrics", "prompts", "logger", "experiment"}
+    assert mine <= groups and groups - mine <= {"train", "layout"}
 
 
 def test_groups_that_are_offered_are_those_of_the_defaults():
