@@ -530,13 +530,12 @@ class Share:
         return sampler
 
     def _out_of_memory(self) -> RunError:
-        memory = torch.cuda.get_device_properties(self.device).total_memory / 2**30
         less = ["a smaller batch_size", "dtype=bfloat16"]
         if "cpu_offload" in self.cfg["model"]:
             less += ["model.slicing=true", "model.cpu_offload=true"]
         return RunError(
-            f"batch_size={self.cfg['batch_size']}: model={self.model.name} does not fit the "
-            f"{memory:.0f} GiB of {self.device}; what takes less: {', '.join(less)}"
+            f"batch_size={self.cfg['batch_size']}: too large for {self.model.name} and the memory "
+            f"of {self.device}; what takes less: {', '.join(less)}"
         )
 
     def _batch(self, sampler: Sampler, block: range, watch: Stopwatch) -> np.ndarray:

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from lml import schedulers
@@ -316,3 +321,22 @@ def test_a_hub_that_cannot_be_reached(script, prompts, tmp_path, monkeypatch, mo
     outcome = script("sample", f"model={model}", *TOY, *more)
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
     assert outcome.err.startswith("model.hub_id=") and "model.path=FOLDER" in outcome.err
+
+
+def test_memory_that_runs_out(script, pipelines, prompts, tmp_path, monkeypatch):
+    """As CUDA's allocator says it, in the second batch; the first one stays."""
+    calls = []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, *args, **kwargs)
+
+    original = UNet2DConditionModel.forward
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    outcome = script("sample", *arguments(pipelines, "sd15", *prompts))
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("batch_size=2: too large for sd15 and the memory of cpu; ")
+    assert "model.slicing=true" in outcome.err and "model.cpu_offload=true" in outcome.err
+    assert len(list((tmp_path / "run/images").glob("*.png"))) == 2
