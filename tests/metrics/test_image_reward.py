@@ -127,6 +127,25 @@ def test_plain_float64(metric, reward_state, pictures):
     assert metric.protocol["prompts_truncated"] == 1
 
 
+def test_the_epsilons_of_the_layer_norms(reward_state, pictures):
+    """With inputs so small that they decide: of the images' variance 1e-6, of the words' 1e-12."""
+    state = dict(reward_state)
+    for name in state:
+        small = ("cls_token", "pos_embed", "patch_embed", "attn.proj", "mlp.fc2")
+        if "visual" in name and any(part in name for part in small):
+            state[name] = state[name] * 1e-3
+        if "embeddings.word" in name or "embeddings.position_e" in name:
+            state[name] = state[name] * 1e-6
+    network = RewardNetwork(**TINY_REWARD).eval()
+    network.load_published(state)
+    pixels, text = preprocess(pictures.images[0]), tokens("a", "red", "cat")
+    expected = reward(state, pixels, *text)
+    with torch.no_grad():
+        made = network(pixels.float(), *text).double()
+    assert (expected - reward(reward_state, pixels, *text)).abs() > 0.01
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_published_file_fits_at_full_size(published_shapes):
     """Every name and shape in ImageReward.pt has its place at the default sizes."""
     shapes = published_shapes()
