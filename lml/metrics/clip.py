@@ -57,7 +57,7 @@ class CLIPScore(Metric):
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add images, uint8 (B, 3, H, W), and their B prompts."""
-        check_prompts(images, prompts, "clip_score")
+        check_pairs(images, prompts, "clip_score")
         tokens, truncated = tokenize(self.tokenizer, prompts, self.max_tokens)
         tokens = {name: value.to(images.device) for name, value in tokens.items()}
         # not get_image_features: what that returns depends on the version of transformers
@@ -74,7 +74,7 @@ class CLIPScore(Metric):
         return (self.total / self.count).clamp(min=0)
 
 
-def check_prompts(images: Tensor, prompts: Sequence[str], name: str) -> None:
+def check_pairs(images: Tensor, prompts: Sequence[str], name: str) -> None:
     """UserError, naming the metric, unless there is one prompt an image."""
     if prompts is None or len(prompts) != len(images):
         count = 0 if prompts is None else len(prompts)

@@ -28,8 +28,8 @@ ROWS = 512  # of the kernel's matrix at a time
 class CLIPEmbedding(nn.Module):
     """CLIP's image embedding, of unit length.
 
-    Call: uint8 images (B, 3, H, W) -> float32 (B, `num_features`). `network` is a transformers
-    CLIPVisionModelWithProjection.
+    Call: uint8 images (B, 3, H, W) -> float32 (B, `num_features`); `resize` says how they are
+    resized. `network` is a transformers CLIPVisionModelWithProjection.
     """
 
     def __init__(self, network: nn.Module):
@@ -38,6 +38,7 @@ class CLIPEmbedding(nn.Module):
         self.num_features = network.config.projection_dim
         size = network.config.image_size
         self.preprocessing = Preprocessing(size, "first", CLIP_MEAN, CLIP_STD)
+        self.resize = str(self.preprocessing)
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings = self.network(pixel_values=self.preprocessing(images)).image_embeds
@@ -84,7 +85,7 @@ class CMMD(Metric):
         self.embedding, self.reference, self.num_images = embedding, reference, num_images
         self.protocol = {
             "extractor": describe(embedding),
-            "resize": str(embedding.preprocessing),
+            "resize": embedding.resize,
             "kernel": f"Gaussian, sigma {SIGMA:g}, times {SCALE:g}, biased",
             "images_asked": num_images,
             "reference": {"folder": reference.path.name, "count": len(reference)},

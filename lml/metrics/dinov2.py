@@ -26,8 +26,8 @@ class DINOv2(nn.Module):
     """DINOv2's class token after the last layer norm.
 
     Call: uint8 images (B, 3, H, W) -> float32 features (B, `num_features`). Images are resized to
-    224x224 as by Stein et al. (arXiv 2306.04675) in their code, dgm-eval. `network` is a
-    transformers Dinov2Model.
+    224x224 as by Stein et al. (arXiv 2306.04675) in their code, dgm-eval; `resize` says how.
+    `network` is a transformers Dinov2Model.
     """
 
     def __init__(self, network: nn.Module, size: int = 224):
@@ -35,6 +35,7 @@ class DINOv2(nn.Module):
         self.network = network
         self.num_features = network.config.hidden_size
         self.preprocessing = Preprocessing(size, "none", IMAGENET_MEAN, IMAGENET_STD)
+        self.resize = str(self.preprocessing)
         embeddings = network.embeddings
         embeddings.interpolate_pos_encoding = partial(_positions, embeddings)
 
@@ -85,5 +86,5 @@ def fd_dinov2(
     statistics.check(extractor, key)
     metric = FrechetDistance(extractor, statistics, num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)
-    metric.protocol["resize"] = str(extractor.preprocessing)
+    metric.protocol["resize"] = extractor.resize
     return metric

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from lml.data.assets import locate
 from lml.data.statistics import describe
 from lml.errors import UserError
-from lml.metrics.clip import check_prompts
+from lml.metrics.clip import check_pairs
 from lml.metrics.networks import (
     CLIP_MEAN,
     CLIP_STD,
@@ -195,7 +195,7 @@ class ImageReward(Metric):
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add images, uint8 (B, 3, H, W), and their B prompts."""
-        check_prompts(images, prompts, "image_reward")
+        check_pairs(images, prompts, "image_reward")
         rewards = self.rewards(images, prompts).double()
         self.total += rewards.sum()
         self.squares += rewards.square().sum()

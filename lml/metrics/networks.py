@@ -94,12 +94,12 @@ def find(source: str | Path, revision: str | None, key: str, files: Sequence[str
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise UserError(f"{key}={source}: no such path, and not a hub id")
+        raise UserError(f"{key}={source}: not there, and not a hub id")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub's errors and the network's share no base class
         raise UserError(
-            f"{key}={source}: no such path, and the hub does not give it ({one_line(error)}); get "
+            f"{key}={source}: not there, and the hub does not give it ({one_line(error)}); get "
             f"it elsewhere with `hf download {source} --local-dir FOLDER` and give {key}=FOLDER"
         ) from None
 

@@ -74,7 +74,7 @@ def test_models_that_are_nowhere(tiny_configs, monkeypatch, name, source):
     with pytest.raises(UserError) as caught:
         build({name: tiny_configs[name] | {key: source}})
     line = str(caught.value)
-    assert line.startswith(f"metrics.{name}.{key}={source}: no such path") and "\n" not in line
+    assert line.startswith(f"metrics.{name}.{key}={source}: not there, and ") and "\n" not in line
     assert ("hf download" in line) == (source == "nobody/no-such-model")
 
 
