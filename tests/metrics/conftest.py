@@ -30,11 +30,11 @@ TINY_REWARD = {
 }
 
 
-def spread(model: torch.nn.Module, seed: int) -> None:
+def spread(model: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
     """Random weights large enough for every part of the network to show in its output."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        weight.data.normal_(0, 0.3, generator=generator)
+        weight.data.normal_(0, scale, generator=generator)
         if "norm" in name.lower() and name.endswith("weight"):
             weight.data += 1
 
@@ -72,7 +72,7 @@ def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "dinov2"
     sizes = {"hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, **sizes))
-    spread(model, 1)
+    spread(model, 1, 1.0)  # attention that chooses, or 256 patches average out
     model.save_pretrained(folder)
     return folder
 

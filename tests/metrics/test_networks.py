@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,25 @@ def test_pickled_weights_only_where_they_are_published_so(clip_folder, tmp_path)
     (path / "pytorch_model.bin").write_bytes(b"\x80\x02]")
     with pytest.raises(UserError, match=r"CLIPModel cannot be read"):
         load_network("CLIPModel", path, None, "key", pickled=True)
+
+
+def test_by_the_script_on_any_folder(script, tiny_configs, pictures, tmp_path):
+    keys = [
+        f"metrics.{name}.{key}={tiny_configs[name][key]}"
+        for name in ("fd_dinov2", "cmmd")
+        for key in ("model", "reference")
+    ]
+    arguments = [f"images={pictures.path}", "metrics=[fd_dinov2,cmmd]", "out=metrics.json", *keys]
+    outcome = script("evaluate", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(results) == {"fd_dinov2", "cmmd"}
+    for result in results.values():
+        assert result["value"] > 0.01
+        assert re.fullmatch(r"11 images; the protocol asks for [35]0000", result["warning"])
+    outcome = script("evaluate", f"images={pictures.path}", "metrics=[cmmd]")
+    assert outcome.code == 2
+    assert "metrics.cmmd.reference=None: a folder of images is asked" in outcome.err
 
 
 WORKER = textwrap.dedent(
