@@ -58,6 +58,7 @@ def task(cfg):
     Path(f"done-{{cfg.seed}}").write_text(str(os.getpid()))
 
 if __name__ == "__main__":
+    print(f"started by {{os.getpid()}}", flush=True)
     task()
 """
 
@@ -105,7 +106,9 @@ def test_failures_are_told_and_the_other_jobs_end(ends, tmp_path, launcher):
         f"seed=3: Unpicklable: two {log}",
     ]
     done = {file.name: file.read_text() for file in here.glob("done-*")}
-    assert set(done) == {"done-0", "done-5"} and len(set(done.values())) == 2
+    assert set(done) == {"done-0", "done-5"}
+    first = re.match(r"started by (\d+)", process.stdout)[1]
+    assert first not in done.values()
     # In the folder where the sweep was started, with its command line, and nothing else anywhere.
     assert (here / "started-0").read_text() == " ".join(arguments)
     started = {f"started-{seed}" for seed in (0, 1, 2, 3, 5)}
@@ -165,7 +168,15 @@ def test_a_running_cluster_by_its_address(ends, tmp_path):
     options = ["--num-cpus=1", "--node-ip-address=127.0.0.1", "--port=6399"]
     options += ["--include-dashboard=false", "--object-store-memory=80000000"]
     start = [str(ray), "start", "--head", *options]
-    subprocess.run(start, cwd="/", env=environment, check=True, capture_output=True, timeout=120)
+    (tmp_path / "theirs").mkdir()
+    subprocess.run(
+        start,
+        cwd=tmp_path / "theirs",
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     try:
         os.environ["RAY_AUTH_MODE"] = "token"
         address = "hydra.launcher.ray.init.address=127.0.0.1:6399"
@@ -176,7 +187,7 @@ def test_a_running_cluster_by_its_address(ends, tmp_path):
         subprocess.run([str(ray), "stop"], env=environment, capture_output=True, timeout=120)
     assert process.returncode == 2
     assert lines_of(process.stderr) == ["seed=1: seed=1: not this one"]
-    assert (tmp_path / "done-0").exists()
+    assert (tmp_path / "done-0").exists() and not list((tmp_path / "theirs").iterdir())
 
 
 @pytest.mark.skipif(HAS_RAY, reason="hydra-ray-launcher is here")
