@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from PIL import Image, PngImagePlugin
 
 from lml.errors import UserError
+from lml.files import file_hash
 
 IMAGE = re.compile(r"\d{6,}\.png")
 SEAL = "lml-seal"
@@ -265,15 +266,6 @@ class Writer:
 
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown()  # what is queued is still stored
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_an_interrupted_run_is_completed_by_the_same_command(
 
 
 def test_kill_at_a_random_moment_then_resume(script, spawn, toy, tmp_path):
-    arguments = [*toy, "num_images=300", "batch_size=2", "nfe=8"]
+    arguments = [*toy, "num_images=300", "batch_size=2", "nfe=8", "progress=false"]
     victim = spawn("sample", *arguments, "run_dir=killed")
     images = tmp_path / "killed/images"
     goal = random.randint(1, 100)
