@@ -3,7 +3,7 @@
     config.yaml         the configuration, the settings that determine the images, provenance
     images/000000.png   sealed: a text chunk says which run and index the pixels belong to
     manifest.json       what is complete, and the sha256 of config and images
-    metrics.json, timing.json, grid.png
+    metrics.json, timing.json, grid.png, prompts.jsonl
 
 No journal is kept: an image that is there and whose seal holds is done.
 """
@@ -161,7 +161,8 @@ class RunFolder:
         for file in self.images.glob("*.png"):
             if IMAGE.fullmatch(file.name):
                 file.unlink()
-        for name in ("manifest.json", "metrics.json", "timing.json", "grid.png"):
+        written = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
+        for name in written:
             (self.path / name).unlink(missing_ok=True)
 
     def image_path(self, index: int) -> Path:

@@ -144,7 +144,7 @@ def refused(script, *arguments: str, pattern: str) -> None:
 
 def test_runs_that_cannot_be_laid_out(script, run, tmp_path):
     refused(script, pattern="layout")
-    refused(script, "layout=t2i", "out=x", pattern="layout=t2i: unknown; nearest: t2i_compbench")
+    refused(script, "layout=t2i", "out=x", pattern="layout=t2i: unknown")
     refused(script, *ARGUMENTS[:2], pattern="out=???: a value is needed")
     refused(script, *ARGUMENTS[::2], pattern="run_dir=None: either a run or prompts=NAME")
     refused(script, *ARGUMENTS, "run_dir=nowhere", pattern="run_dir=nowhere: no such folder")

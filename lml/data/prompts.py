@@ -67,8 +67,11 @@ class PromptSet(Sequence):
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_jsonl()` as UTF-8."""
-        Path(path).write_bytes(self.to_jsonl().encode())
+        """Write `to_jsonl()` as UTF-8, the whole file or none."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.tmp")
+        partial.write_bytes(self.to_jsonl().encode())
+        partial.replace(path)
 
 
 def load(config: Mapping[str, Any] | None) -> PromptSet | None:

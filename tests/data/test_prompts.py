@@ -90,7 +90,7 @@ def test_a_saved_set_is_read_back_and_its_hash_is_the_files(tmp_path):
     made = prompts.text(_write(tmp_path / "p.txt", "\n".join(HARD)))
     made.save(tmp_path / "prompts.jsonl")
     data = (tmp_path / "prompts.jsonl").read_bytes()
-    assert data.count(b"\n") == len(made)
+    assert data.count(b"\n") == len(made) and "日本語" in data.decode()
     again = prompts.read(tmp_path / "prompts.jsonl")
     assert again.records == made.records
     expected = {"source": "text", "count": 10, "sha256": hashlib.sha256(data).hexdigest()}
