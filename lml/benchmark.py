@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +22,15 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import torch_fidelity
 from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lml import runner
 from lml.correction import LMLCorrection
@@ -34,7 +38,8 @@ from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device
 from lml.errors import UserError
-from lml.pipelines import pixel
+from lml.metrics.evaluate import evaluate
+from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
@@ -243,6 +248,43 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     return make
 
 
+def pipeline_overhead(batches: int) -> list[Row]:
+    """Our sampling of each tiny random pipeline of the tests over diffusers' own loop.
+
+    Same networks, LML scheduler, prompts, noise and steps; both hand over tensors.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny_pipelines
+
+    rows, prompts, seeds = [], ["a cat", "a dog"], [0, 1]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, build in tiny_pipelines.PIPELINES.items():
+            torch.manual_seed(0)
+            path = Path(folder, name)
+            build(Path(folder, "tokenizers", name)).save_pretrained(path)
+            solver = "flow_euler" if name in tiny_pipelines.FLOW else "dpmsolverpp"
+            overrides = [f"model={name}", f"model.path={path}", f"solver={solver}"]
+            with run_config(None, [*overrides, "model.height=16", "model.width=16"]) as config:
+                cfg = OmegaConf.to_container(config, resolve=True)
+            model = find(cfg["model"])
+            scheduler = runner.make_scheduler(cfg, model)
+            sampler = model.sampler(torch.device("cpu"), torch.float32, False, False)
+
+            def theirs(sampler: Any = sampler, scheduler: Any = scheduler) -> None:
+                sampler.pipe.scheduler = scheduler
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                options = {"generator": generators, "output_type": "pt", **sampler.options}
+                sampler.pipe(prompts, num_inference_steps=10, **options)
+
+            turns = [
+                (_seconds(sampler, scheduler, 10, seeds, prompts), _seconds(theirs))
+                for _ in range(batches + 2)
+            ][2:]  # the first two warm up
+            ratios = _ratios(*zip(*turns, strict=True))
+            rows.append(_row(f"sampling of a tiny {name} / diffusers' loop", ratios, "<= 1.03"))
+    return rows
+
+
 def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -> list[Row]:
     """The share of its time that a run with LML spends outside the network, from timing.json."""
     rows = []
@@ -278,8 +320,8 @@ def fd_change(
 
 
 @contextmanager
-def run_config(model: DictConfig, arguments: Sequence[str]) -> Iterator[DictConfig]:
-    """scripts/sample.py's configuration with this model and arguments, and a folder of its own."""
+def run_config(model: DictConfig | None, arguments: Sequence[str]) -> Iterator[DictConfig]:
+    """scripts/sample.py's configuration with these arguments, a model, and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*arguments, f"run_dir={folder}/run", "progress=false"]
         # A Hydra script that called this has told Hydra already where the configs are.
@@ -287,8 +329,139 @@ def run_config(model: DictConfig, arguments: Sequence[str]) -> Iterator[DictConf
         configs = str(ROOT / "configs")
         with nullcontext() if ready else initialize_config_dir(configs, version_base=None):
             config = compose("sample", arguments)
-        config.model = model
+        if model is not None:
+            config.model = model
         yield config
+
+
+# --- the evaluators ------------------------------------------------------------------------------
+
+FLAGS = {  # of torch-fidelity's calculate_metrics, and how it names what evaluate calls by name
+    "fid": ("fid", {None: "frechet_inception_distance"}),
+    "kid": ("kid", {k: f"kernel_inception_distance_{k}" for k in ("mean", "std")}),
+    "inception_score": ("isc", {k: f"inception_score_{k}" for k in ("mean", "std")}),
+    "precision_recall": ("prc", {k: k for k in ("precision", "recall", "f_score")}),
+}
+
+
+class _Untrained(FeatureExtractorInceptionV3):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Of an empty file there is nothing to load."""
+
+
+def random_inception(path: Path, images: Tensor) -> None:
+    """Write random weights of torch-fidelity's Inception to `path`, in the published format.
+
+    Features and logits of images like uint8 `images` (B, 3, H, W) come out at a trained network's
+    scale and differ from image to image.
+    """
+    torch.save({}, path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = _Untrained("inception-v3-compat", ["logits"], str(path))
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = None  # the mean of what it has seen
+        nn.init.normal_(network.fc.weight, std=0.1)
+    with torch.no_grad():
+        network.train()(images)
+    torch.save(network.state_dict(), path)
+
+
+def fidelity(names: Sequence[str], weights: Path, **options: Any) -> dict[str, Any]:
+    """What torch-fidelity's calculate_metrics gives for these metrics, called as in configs."""
+    values = torch_fidelity.calculate_metrics(
+        **{FLAGS[name][0]: True for name in names},
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        cuda=False,
+        verbose=False,
+        **options,
+    )
+    found = {}
+    for name in names:
+        named = {key: values[value] for key, value in FLAGS[name][1].items()}
+        found[name] = named.get(None, named)
+    return found
+
+
+def evaluator_speed(num_images: int, turns: int) -> list[Row]:
+    """Images/s of FID, and of the four in one run, over torch-fidelity's, a run each.
+
+    Whole evaluations of a folder of 32x32 images, with random weights; both sides have the
+    statistics of the reference in their caches. Also the largest relative difference of the values.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        folder, hub = Path(folder), torch.hub.get_dir()
+        sets = {"images": num_images, "reference": max(num_images // 2, 8), "few": 8}
+        generator = torch.Generator().manual_seed(0)
+        for seed, (name, count) in enumerate(sets.items()):
+            coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)
+            images = 255 * nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+            (folder / name).mkdir()
+            for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
+                Image.fromarray(image).save(folder / name / f"{i:06d}.png")
+        weights, reference = folder / "weights.pth", folder / "reference"
+        random_inception(weights, ImageFolder(reference).load(ImageFolder(reference).names[:64]))
+
+        def ours(names: Sequence[str], images: str = "images") -> dict[str, Any]:
+            configs = {}
+            for name in names:
+                config = OmegaConf.load(ROOT / f"configs/metrics/{name}.yaml")[name]
+                configs[name] = {**config, "weights": str(weights)}
+                if "reference" in config:
+                    configs[name]["reference"] = str(reference)
+            results = evaluate(folder / images, configs)
+            return {name: result["value"] for name, result in results.items()}
+
+        def theirs(names: Sequence[str], images: str = "images") -> dict[str, Any]:
+            options = {
+                "input1": str(folder / images),
+                "input2": str(reference),
+                "input2_cache_name": "reference",
+                "cache_root": str(folder / "cache"),
+                "kid_subset_size": min(sets[images], sets["reference"], 1000),
+            }
+            runs = [fidelity([name], weights, **options) for name in names]
+            return {name: value for run in runs for name, value in run.items()}
+
+        try:
+            torch.hub.set_dir(str(folder / "hub"))  # where the references are kept
+            ours(FLAGS, "few")
+            theirs(["fid", "kid"], "few")
+            rows = []
+            for label, names, goal in (
+                ("FID", ["fid"], ">= 1"),
+                ("FID, KID, IS, precision/recall in one run / four runs", FLAGS, ">= 2.5"),
+            ):
+                seconds = []
+                for _ in range(turns):
+                    mine, values = _timed(ours, names)
+                    other, their_values = _timed(theirs, names)
+                    seconds.append((mine, other))
+                mine, other = zip(*seconds, strict=True)
+                rates = [num_images / statistics.median(side) for side in (mine, other)]
+                remark = "{:.1f} against {:.1f} images/s".format(*rates)
+                name = f"{label}, images/s / torch-fidelity's"
+                rows.append(_row(name, _ratios(other, mine), goal, remark))
+            difference = largest_difference(values, their_values)
+            label = "largest relative difference of the four's values"
+            return [*rows, Row(label, difference, "<= 1e-6", f"{num_images} images")]
+        finally:
+            torch.hub.set_dir(hub)
+
+
+def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """The largest relative difference of the metrics' values; spreads, which may be 0, left out."""
+    worst = 0.0
+    for name, theirs_ in theirs.items():
+        pairs = [(ours[name], theirs_)]
+        if isinstance(theirs_, Mapping):
+            pairs = [(ours[name][key], value) for key, value in theirs_.items() if key != "std"]
+        worst = max([worst, *(abs(a - b) / abs(b) if b else abs(a) for a, b in pairs)])
+    return worst
 
 
 # --- everything ----------------------------------------------------------------------------------
@@ -296,7 +469,7 @@ def run_config(model: DictConfig, arguments: Sequence[str]) -> Iterator[DictConf
 
 def benchmark(cfg: DictConfig) -> list[Row]:
     """Measure the parts that `cfg` (configs/benchmark.yaml) names; prints and returns the table."""
-    known = {"correction", "memory", "run", "outside", "fd"}
+    known = {"correction", "memory", "run", "outside", "fd", "pipelines", "evaluators"}
     for part in cfg.parts:
         if part not in known:
             raise UserError(f"parts={part}: one of {', '.join(sorted(known))} is asked")
@@ -320,9 +493,13 @@ def benchmark(cfg: DictConfig) -> list[Row]:
         rows += more
     if "outside" in cfg.parts:
         rows += outside_network(cfg.batches, cfg.model, arguments)
+    if "pipelines" in cfg.parts:
+        rows += pipeline_overhead(cfg.repeats)
     for setting in cfg.settings if "fd" in cfg.parts else ():
         if setting != "float32":
             rows += fd_change(setting, cfg.fd_images, cfg.model, arguments)
+    if "evaluators" in cfg.parts:
+        rows += evaluator_speed(cfg.evaluator_images, cfg.evaluator_turns)
 
     machine = describe_machine() | {"load": round(load, 2)}
     print(table(rows, machine))
@@ -379,10 +556,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _seconds(function: Callable, *args: Any) -> float:
+def _timed(function: Callable, *args: Any) -> tuple[float, Any]:
     start = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+def _seconds(function: Callable, *args: Any) -> float:
+    return _timed(function, *args)[0]
 
 
 def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:

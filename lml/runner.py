@@ -47,6 +47,7 @@ from lml.store import (
     RunError,
     RunFolder,
     Writer,
+    canonical,
     merge_json,
     read_config,
     read_json,
@@ -280,6 +281,7 @@ class Stopwatch:
         self.cuda = device.type == "cuda"
         self.evaluations = 0
         self._spans = []
+        self._hooks = []
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -289,7 +291,10 @@ class Stopwatch:
         self._spans.append((part, start, self._now()))
 
     def attach(self, module: nn.Module, part: str, count: bool = False) -> None:
-        """Count the time of every call of `module` as `part`; with `count`, its samples, too."""
+        """Count the time of every call of `module` as `part`; with `count`, its samples, too.
+
+        Until `close`.
+        """
         starts = []
 
         def before(_: nn.Module, args: tuple, options: dict) -> None:
@@ -301,8 +306,13 @@ class Stopwatch:
         def after(*_: Any) -> None:
             self._spans.append((part, starts.pop(), self._now()))
 
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(after)
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after))
+
+    def close(self) -> None:
+        """Let go of all modules."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def seconds(self) -> Counter:
         """Seconds by part so far."""
@@ -478,6 +488,9 @@ def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: b
     return stored
 
 
+_loaded: dict[str, Sampler] = {}  # the last one: the runs of a sweep share it, compiled
+
+
 @dataclass
 class Share:
     """What one of N processes makes of a run: each Nth of the blocks that miss an image."""
@@ -507,7 +520,7 @@ class Share:
                 watch.attach(correction, "correction")
         observer.begin(sum(map(len, blocks)))
         start = time.perf_counter()
-        with Writer(self.folder) as writer:
+        with contextlib.closing(watch), Writer(self.folder) as writer:
             for block in blocks:
                 # A block is made whole, even if one image is missing: its composition is fixed.
                 pixels = self._batch(sampler, block, watch)
@@ -522,10 +535,13 @@ class Share:
 
     def _sampler(self, observer: Observer) -> Sampler:
         cfg = self.cfg
+        options = (self.device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
+        key = canonical({"config": cfg["model"], **self.model.settings, "options": str(options)})
         try:
-            sampler = self.model.sampler(
-                self.device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"]
-            )
+            if key not in _loaded:
+                _loaded.clear()
+                _loaded[key] = self.model.sampler(*options)
+            sampler = _loaded[key]
         except torch.cuda.OutOfMemoryError:
             raise self._out_of_memory() from None
         if self.prompts is not None and rank_and_world()[0] == 0:

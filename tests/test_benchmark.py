@@ -118,10 +118,26 @@ def test_change_of_fd_cifar(tmp_path, tiny_unet):
     assert 0 < row.value < 100 and "4 images" in row.remark
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_evaluators_against_torch_fidelity():
+    fid, four, difference = benchmark.evaluator_speed(num_images=4, turns=1)
+    assert fid.value > 0 and four.value > fid.value
+    assert difference.value <= 1e-6 and difference.met
+
+
+def test_a_difference_would_be_seen():
+    theirs = {"fid": 10.0, "kid": {"mean": -2.0, "std": 1.0}}
+    assert benchmark.largest_difference(theirs, theirs) == 0
+    ours = {"fid": 10.1, "kid": {"mean": -2.0, "std": 3.0}}
+    assert benchmark.largest_difference(ours, theirs) == pytest.approx(0.01)
+    ours["kid"]["mean"] = 2.0
+    assert benchmark.largest_difference(ours, theirs) == pytest.approx(2)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parts=[correction,speed]", "^parts=speed: one of correction, fd, memory"),
+        ("parts=[correction,speed]", "^parts=speed: one of correction, evaluators, fd, memory"),
         ("settings=[float16]", "^settings=float16: one of float32, bfloat16, compiled"),
     ],
 )

@@ -472,3 +472,20 @@ def test_compile_makes_nearly_the_same_images(script, toy, finished, tmp_path):
             for folder in (tmp_path / "run", finished)
         )
         assert np.abs(ours - theirs).max() <= 1
+
+
+def test_runs_of_a_sweep_share_the_network(script, toy, tmp_path, monkeypatch):
+    """Loaded once, and counted and timed afresh in every run."""
+    loads = []
+    load = pixel.PixelModel.load
+    monkeypatch.setattr(
+        pixel.PixelModel, "load", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs)
+    )
+    runner._loaded.clear()
+    assert script("sample", "-m", *toy, "seed=0,1", "name=sweep").code == 0
+    assert len(loads) == 1
+    timings = [json.loads(f.read_text()) for f in tmp_path.glob("outputs/sweep/*/timing.json")]
+    assert [timing["evaluations_per_image"] for timing in timings] == [4, 4]
+    assert not runner._loaded[next(iter(runner._loaded))].network._forward_hooks
+    assert script("sample", *toy, "dtype=bfloat16", "name=other").code == 0
+    assert len(loads) == 2

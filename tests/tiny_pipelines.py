@@ -253,3 +253,4 @@ PIPELINES: dict[str, Callable[[Path], DiffusionPipeline]] = {
     "pixart": pixart,
     "flux": flux,
 }
+FLOW = ("sd3", "flux")  # of flow matching, with a noise schedule of its own

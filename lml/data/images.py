@@ -1,8 +1,13 @@
-"""A folder of images as batches of uint8 pixels."""
+"""A folder or a zip of images as batches of uint8 pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import io
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,60 +19,138 @@ from lml.errors import UserError
 
 SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
 MODES = ("RGB", "L", "P", "1")
+READERS = 4  # threads that decode
 
 
 def read(path: Path) -> Tensor:
     """The image in `path` as uint8 (3, H, W). UserError when it is broken or not 8 bits of RGB."""
+    return decode(path, str(path))
+
+
+def decode(file: Path | io.BytesIO, name: str) -> Tensor:
+    """The image in `file`, called `name` in errors, as uint8 (3, H, W). Errors as for `read`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             mode, pixels = image.mode, np.array(image.convert("RGB"))
     except Exception as error:  # a broken file raises whatever its decoder stumbled on
-        raise UserError(f"{path}: not a readable image ({error})") from None
+        reason = str(error).replace(repr(file), "the file")
+        raise UserError(f"{name}: not a readable image ({reason})") from None
     if mode not in MODES:
-        raise UserError(f"{path}: pixels of type {mode}; one of {', '.join(MODES)} is allowed")
+        raise UserError(f"{name}: pixels of type {mode}; one of {', '.join(MODES)} is allowed")
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """sha256 over names, sizes and times of change: another one once a file has changed."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 class ImageFolder:
     """The images in one folder, sorted by name, all of one size. Nothing is kept in memory.
 
     `names` are the file names, `size` is (H, W). Raises UserError when there is no such folder,
-    when it holds no images, and, on reading, for a broken file or one of another size.
+    when it holds no images, and, on reading, for a broken file or one of another size. `key` is the
+    configuration key that errors point to.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, key: str = "images"):
         self.path = Path(path)
+        self.names = self._list(key)
+        if not self.names:
+            raise UserError(f"{key}={path}: no images in it ({', '.join(SUFFIXES)})")
+        self.size = tuple(self.read(self.names[0]).shape[1:])
+
+    def _list(self, key: str) -> list[str]:
         if not self.path.is_dir():
-            raise UserError(f"images={path}: no such folder")
-        self.names = sorted(
+            raise UserError(f"{key}={self.path}: no such folder")
+        return sorted(
             file.name
             for file in self.path.iterdir()
             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
         )
-        if not self.names:
-            raise UserError(f"images={path}: no images in it ({', '.join(SUFFIXES)})")
-        self.size = tuple(read(self.path / self.names[0]).shape[1:])
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def read(self, name: str) -> Tensor:
+        """One image, uint8 (3, H, W)."""
+        return read(self.path / name)
+
+    def stamp(self) -> str:
+        """Another one once a file has changed, come or gone."""
+        return stamp(self.path / name for name in self.names)
+
     def load(self, names: Sequence[str]) -> Tensor:
         """The images of these names, uint8 (B, 3, H, W)."""
-        images = []
-        for name in names:
-            images.append(image := read(self.path / name))
+        return self._stack(names, map(self.read, names))
+
+    def _stack(self, names: Sequence[str], images: Iterable[Tensor]) -> Tensor:
+        stacked = []
+        for name, image in zip(names, images, strict=True):
+            stacked.append(image)
             if image.shape[1:] != self.size:
                 (height, width), (h, w) = self.size, image.shape[1:]
                 raise UserError(
                     f"{self.path / name}: {w}x{h} pixels; "
                     f"all images must have the {width}x{height} of {self.names[0]}"
                 )
-        return torch.stack(images)
+        return torch.stack(stacked)
 
     def blocks(self, batch_size: int) -> list[list[str]]:
         """The names in fixed blocks of `batch_size`."""
         return [self.names[i : i + batch_size] for i in range(0, len(self), batch_size)]
 
+    def load_blocks(self, blocks: Iterable[Sequence[str]]) -> Iterator[Tensor]:
+        """The images of each block in turn, as `load` gives them; the next is decoded meanwhile."""
+        pool, ahead = ThreadPoolExecutor(READERS), deque()
+        try:
+            for block in blocks:
+                ahead.append((block, [pool.submit(self.read, name) for name in block]))
+                if len(ahead) > 1:
+                    yield self._finished(*ahead.popleft())
+            if ahead:
+                yield self._finished(*ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _finished(self, names: Sequence[str], images: list) -> Tensor:
+        return self._stack(names, (image.result() for image in images))
+
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """All images, uint8 (B, 3, H, W), block by block."""
-        return map(self.load, self.blocks(batch_size))
+        return self.load_blocks(self.blocks(batch_size))
+
+
+class ImageZip(ImageFolder):
+    """The images in a zip file, those in folders inside it too, sorted by name; else as a folder's.
+
+    Also raises UserError for a file that is no zip.
+    """
+
+    def _list(self, key: str) -> list[str]:
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{key}={self.path}: not a zip file ({reason})") from None
+        names = (Path(name) for name in self.archive.namelist())
+        return sorted(
+            name.as_posix()
+            for name in names
+            if name.suffix.lower() in SUFFIXES
+            and not any(part.startswith((".", "__MACOSX")) for part in name.parts)
+        )
+
+    def read(self, name: str) -> Tensor:
+        try:
+            data = self.archive.read(name)
+        except Exception as error:  # zlib's, zipfile's and the disk's share no base class
+            raise UserError(f"{self.path / name}: not a readable image ({error})") from None
+        return decode(io.BytesIO(data), str(self.path / name))
+
+    def stamp(self) -> str:
+        return stamp([self.path])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,22 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def describe(extractor: nn.Module) -> dict[str, str]:
-    """A feature extractor's name and the sha256 of its weights, as protocols state them."""
+    """A feature extractor's name and the sha256 of its weights, as protocols state them.
+
+    One that never changes may carry it as its `description`, since large weights take time.
+    """
+    if hasattr(extractor, "description"):
+        return dict(extractor.description)
     return {"name": type(extractor).__name__, "sha256": weights_sha256(extractor)}
+
+
+def mean_and_covariance(count: int, total: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and unbiased covariance (D, D) from sums, float64.
+
+    `total` (D,) is the sum of `count` features f, `products` (D, D) that of their f fᵀ.
+    """
+    mu = total / count
+    return mu, (products - count * torch.outer(mu, mu)) / (count - 1)
 
 
 @dataclass
@@ -38,48 +53,92 @@ class ReferenceStatistics:
     """`mu` (D,) and unbiased `sigma` (D, D), float64, of the features of `count` images.
 
     `protocol` says which extractor (name, sha256 of the weights) saw which images (count, size as
-    [H, W], sha256 of their pixels as uint8 NHWC).
+    [H, W], sha256 of their pixels as uint8 NHWC). Of other people's statistics nobody knows: it is
+    empty, and `count` is None. `features` (`count`, D), float32, are there when they were kept.
     """
 
     mu: Tensor
     sigma: Tensor
-    count: int
+    count: int | None
     protocol: dict
     file: str | None = None
     sha256: str | None = None
+    features: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) of the images; None when nobody knows."""
+        size = self.protocol.get("images", {}).get("size")
+        return size and tuple(size)
+
+    def describe(self) -> dict:
+        """What a metric's protocol says of its reference."""
+        return {"file": self.file, "count": self.count, "sha256": self.sha256}
 
     @classmethod
     @torch.no_grad()
-    def compute(cls, batches: Iterable[Tensor], extractor: nn.Module) -> ReferenceStatistics:
-        """Of uint8 batches (B, 3, H, W) under `extractor`: uint8 (B, 3, H, W) -> (B, D)."""
+    def compute(
+        cls, batches: Iterable[Tensor], extractor: nn.Module, keep_features: bool = False
+    ) -> ReferenceStatistics:
+        """Of uint8 batches (B, 3, H, W) under `extractor`: uint8 (B, 3, H, W) -> (B, D).
+
+        Holds one batch at a time, unless it is to keep all features.
+        """
         extractor = extractor.eval()
         device = next(extractor.parameters()).device
         pixels, count, total, products, size = hashlib.sha256(), 0, 0.0, 0.0, None
+        kept = []
         for batch in batches:
             size = list(batch.shape[2:])
             pixels.update(batch.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-            features = extractor(batch.to(device)).double().cpu()
+            features = extractor(batch.to(device)).cpu()
+            if keep_features:
+                kept.append(features)
+            features = features.double()
             count += len(batch)
             total = total + features.sum(0)
             products = products + features.T @ features
         if count < 2:
             raise UserError(f"images: {count} given; statistics need at least 2")
-        mu = total / count
-        sigma = (products - count * torch.outer(mu, mu)) / (count - 1)
         images = {"count": count, "size": size, "sha256": pixels.hexdigest()}
-        return cls(mu, sigma, count, {"extractor": describe(extractor), "images": images})
+        return cls(
+            *mean_and_covariance(count, total, products),
+            count,
+            {"extractor": describe(extractor), "images": images},
+            features=torch.cat(kept) if kept else None,
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz of mu, sigma, count and protocol (a JSON string); equal bytes each time."""
+        """Write an .npz of mu, sigma, count, protocol (a JSON string) and the features, if any.
+
+        The whole file or none, with equal bytes each time.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"mu": self.mu.numpy(), "sigma": self.sigma.numpy(), "count": self.count}
-        with path.open("wb") as file:
-            np.savez(file, **arrays, protocol=json.dumps(self.protocol))
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays, protocol=json.dumps(self.protocol))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path, key: str = "reference") -> ReferenceStatistics:
-        """Read what `save` wrote. `key` is the configuration key that errors point to."""
+    def load(
+        cls,
+        path: str | Path,
+        key: str = "reference",
+        features: bool = False,
+        any_origin: bool = False,
+    ) -> ReferenceStatistics:
+        """Read what `save` wrote; the features, if it holds any, when they are asked for.
+
+        With `any_origin` also other people's .npz that holds no more than `mu` and `sigma`. `key`
+        is the configuration key that errors point to.
+        """
         path = locate(path)
         if not path.is_file():
             raise UserError(
@@ -87,27 +146,34 @@ class ReferenceStatistics:
             )
         try:
             with np.load(path) as file:
-                mu, sigma, count, protocol = (
-                    file[name] for name in ("mu", "sigma", "count", "protocol")
-                )
-            mu, sigma = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
-            protocol = json.loads(str(protocol))
+                mu, sigma = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
+                if any_origin and "protocol" not in file:
+                    count, protocol = None, {}
+                else:
+                    count, protocol = int(file["count"]), json.loads(str(file["protocol"]))
+                keep = features and "features" in file
+                kept = torch.from_numpy(file["features"]) if keep else None
         except Exception as error:  # zip, pickle, key and JSON errors all mean the same here
             raise UserError(f"{key}={path}: not a file of reference statistics ({error})") from None
         if sigma.shape != (*mu.shape, *mu.shape):
             raise UserError(f"{key}={path}: mu {[*mu.shape]} and sigma {[*sigma.shape]} don't fit")
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        return cls(mu, sigma, int(count), protocol, path.name, sha256)
+        if not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise UserError(f"{key}={path}: mu or sigma is not finite")
+        sha256 = hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+        return cls(mu, sigma, count, protocol, path.name, sha256, kept)
 
     def check(self, extractor: nn.Module, key: str = "reference") -> None:
-        """UserError unless these are statistics of the features of exactly this extractor."""
+        """UserError unless these are statistics of the features of exactly this extractor.
+
+        Of other people's only the number of features can be checked.
+        """
         ours, theirs = describe(extractor), self.protocol.get("extractor", {})
         if len(self.mu) != extractor.num_features:
             raise UserError(
                 f"{key}={self.file}: statistics of {len(self.mu)} features; "
                 f"{ours['name']} has {extractor.num_features}"
             )
-        if ours != theirs:
+        if self.protocol and ours != theirs:
             raise UserError(
                 f"{key}={self.file}: made with {theirs.get('name')} {theirs.get('sha256', '')[:12]}"
                 f"; the features come from {ours['name']} {ours['sha256'][:12]}"

@@ -30,7 +30,7 @@ class Context:
 
     reference_run: Callable[..., Path] | None = None
     device: str | torch.device = "cpu"
-    batch_size: int = 250
+    batch_size: int = 256  # in whole batches of 64, which is what Inception sees
     prompts: list[str] | None = None
 
 
@@ -100,8 +100,9 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     error = None
     try:
-        for block in folder.blocks(context.batch_size)[rank::world]:
-            batch = folder.load(block).to(device)
+        blocks = folder.blocks(context.batch_size)[rank::world]
+        for block, batch in zip(blocks, folder.load_blocks(blocks), strict=True):
+            batch = batch.to(device)
             for name, metric in made.items():
                 start = time.perf_counter()
                 paired = (references[name].load(block).to(device),) if name in references else ()

@@ -5,54 +5,59 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torchmetrics
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from lml.data.assets import locate
-from lml.data.statistics import ReferenceStatistics, describe
+from lml.data.references import Reference, check_size
+from lml.data.statistics import ReferenceStatistics, describe, mean_and_covariance
 from lml.errors import UserError
 from lml.metrics.features import FeatureNetwork
 
 
-class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' Fréchet distance, with reference statistics in place of the real images.
+class FrechetDistance(torchmetrics.Metric):
+    """The Fréchet distance of the images' features to those of a reference set.
 
         d² = ‖μ − μ_ref‖² + tr(Σ + Σ_ref − 2 (Σ Σ_ref)^½)
 
-    (Heusel et al., arXiv 1706.08500, equation 6.) Its eigenvalue formula agrees with a float64
-    matrix square root to 1e-7 relative, and to 1e-5 for fewer images than features.
+    (Heusel et al., arXiv 1706.08500, equation 6), by torch-fidelity's formula in float64. It agrees
+    with a matrix square root to 1e-7 relative, and to 1e-5 for fewer images than features. Sums are
+    all that is kept: 8 D² bytes for D features, whatever the number of images.
 
-    `feature` maps uint8 (B, 3, H, W) to (B, `feature.num_features`); `num_images` is what the
-    protocol asks for. Raises UserError when `reference` was made with another extractor, for
-    images of another size than the reference's, and for fewer than 2 images.
+    `feature` maps uint8 (B, 3, H, W) to (B, `feature.num_features`), and may say in
+    `feature.resize` what it does to the size; `num_images` is what the protocol asks for. Raises
+    UserError when `reference` was made with another extractor, for images of another size than the
+    reference's, and for fewer than 2 images.
     """
 
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = False
+
     def __init__(
-        self, feature: nn.Module, reference: ReferenceStatistics, num_images: int = 0, **kwargs
+        self,
+        feature: nn.Module,
+        reference: ReferenceStatistics | Reference,
+        num_images: int = 0,
+        **kwargs,
     ):
-        reference.check(feature)
-        super().__init__(feature=feature.eval().requires_grad_(False), **kwargs)
+        super().__init__(**kwargs)
+        if isinstance(reference, ReferenceStatistics):
+            reference.check(feature)
+        self.extractor = feature.eval().requires_grad_(False)
+        self.reference = reference
         self.num_images = num_images
-        self.size = tuple(reference.protocol["images"]["size"])
         self.protocol = {
             "extractor": describe(feature),
-            "resize": "none",
+            "resize": getattr(feature, "resize", "none"),
             "images_asked": num_images,
-            "reference": {
-                "file": reference.file,
-                "count": reference.count,
-                "sha256": reference.sha256,
-            },
+            "reference": reference.describe(),
         }
-        # As defaults, so that reset() brings them back; by "max", since each process holds the
-        # same reference and a sum would count its images more than once.
-        n, mu = reference.count, reference.mu
-        products = (n - 1) * reference.sigma + n * torch.outer(mu, mu)
-        self.add_state("real_features_sum", n * mu, dist_reduce_fx="max")
-        self.add_state("real_features_cov_sum", products, dist_reduce_fx="max")
-        self.add_state("real_features_num_samples", torch.tensor(n), dist_reduce_fx="max")
-        # torchmetrics sets it in update, which a process without images never calls.
-        self.orig_dtype = torch.float32
+        d = feature.num_features
+        for name, shape in (("total", (d,)), ("products", (d, d))):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def train(self, mode: bool = True) -> FrechetDistance:
         """Stays in evaluation mode: the extractor's batch norms must not move."""
@@ -60,17 +65,27 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
-        if images.shape[2:] != self.size:
-            (height, width), (h, w) = self.size, images.shape[2:]
-            raise UserError(f"images of {w}x{h} pixels: the reference's have {width}x{height}")
-        super().update(images, real=False)
+        check_size(images, self.reference)
+        features = self.extractor(images).double()
+        self.total += features.sum(0)
+        self.products += features.T @ features
+        self.count += len(images)
 
     def compute(self) -> Tensor:
-        """The distance, a float32 scalar ≥ 0 up to rounding."""
-        if self.fake_features_num_samples < 2:
-            count = int(self.fake_features_num_samples)
-            raise UserError(f"num_images={count}: a Fréchet distance needs at least 2 images")
-        return super().compute()
+        """The distance, a float64 scalar ≥ 0 up to rounding."""
+        if self.count < 2:
+            raise UserError(f"num_images={self.count}: a Fréchet distance needs at least 2 images")
+        reference = self.reference
+        if isinstance(reference, Reference):
+            reference = reference.statistics()
+            self.protocol["reference"] = self.reference.describe()
+        ours = mean_and_covariance(int(self.count), self.total.cpu(), self.products.cpu())
+        ours, theirs = (
+            {"mu": mu.numpy(), "sigma": sigma.numpy()}
+            for mu, sigma in (ours, (reference.mu, reference.sigma))
+        )
+        distance = fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID]
+        return torch.tensor(distance, dtype=torch.float64)
 
 
 def load_features(path: str | Path, key: str = "features") -> FeatureNetwork:

@@ -191,12 +191,9 @@ def find(config: Mapping[str, Any]) -> TextModel:
         raise UserError(f"{key}: a {name}; a pipeline from text to images is asked")
     scheduler, schedule = loading.read_scheduler(root, key, config)
     options = ("guidance_scale", "negative_prompt", "height", "width", "call", "variant")
-    for part, value in index.items():
-        if isinstance(value, list) and "Tokenizer" in str(value[1]) and not (root / part).is_dir():
-            raise UserError(f"{key}: no {part} in it")
     settings |= {
         "networks": {part: _fingerprint(root / part, key, config) for part in _networks(root)},
-        "tokenizers": _tokenizers_hash(root),
+        "tokenizers": _tokenizers_hash(root, index, key),
         "scheduler": schedule,
         **{option: config.get(option) for option in options},
     }
@@ -296,10 +293,14 @@ def _fingerprint(folder: Path, key: str, config: Mapping[str, Any]) -> str:
     return loading.fingerprint(folder, suffixes)
 
 
-def _tokenizers_hash(root: Path) -> str:
+def _tokenizers_hash(root: Path, index: Mapping[str, Any], key: str) -> str:
     digest = hashlib.sha256()
-    for folder in sorted(root.glob("tokenizer*")):
-        for file in sorted(folder.iterdir()):
+    for part, value in index.items():
+        if not isinstance(value, list) or "Tokenizer" not in str(value[1]):
+            continue
+        if not (root / part).is_dir():
+            raise UserError(f"{key}: no {part} in it")
+        for file in sorted(file for file in (root / part).iterdir() if file.is_file()):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from lml import schedulers
 
 CONFIGS = Path(__file__).parents[2] / "configs/model"
 TOY = ["num_images=3", "batch_size=2", "nfe=4", "metrics=none", "threads=1", "run_dir=run"]
-FLOW = ("sd3", "flux")
+FLOW = tiny_pipelines.FLOW
 SIZE = {"flux": ["model.height=32", "model.width=32"]}
 MODELS = sorted(tiny_pipelines.PIPELINES)
 

@@ -1,0 +1,246 @@
+"""What images are compared with: where it comes from, and where its statistics are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lml.data import cifar10
+from lml.data.assets import locate
+from lml.data.images import MODES, ImageFolder, ImageZip, stamp
+from lml.data.statistics import ReferenceStatistics, describe
+from lml.errors import UserError, nearest
+
+TORCHVISION = "torchvision:"
+KINDS = "a folder of images, a .zip of images, torchvision:CIFAR10:train, or an .npz of statistics"
+BATCH_SIZE = 256
+
+
+class TorchvisionImages:
+    """A torchvision dataset's images, all of one size: `torchvision:NAME:SPLIT`.
+
+    CIFAR10 is looked for where lml.data.cifar10 looks, and held in memory; any other in data/name,
+    in lower case. Nothing is downloaded. `size` is (H, W). UserError when it is not there.
+    """
+
+    def __init__(self, spec: str, key: str = "reference"):
+        import torchvision.datasets
+
+        self.spec, self.key = spec, key
+        name, _, split = spec.removeprefix(TORCHVISION).partition(":")
+        if name not in torchvision.datasets.__all__:
+            close = nearest(name, torchvision.datasets.__all__)
+            raise UserError(f"{key}={spec}: no torchvision dataset; nearest: {close}")
+        if name == "CIFAR10":
+            self.root, self.dataset = self._cifar10(split)
+        else:
+            self.root = locate(f"data/{name.lower()}")
+            self.dataset = self._open(getattr(torchvision.datasets, name), split)
+        self.size = tuple(self._image(0).shape[1:])
+
+    def _cifar10(self, split: str) -> tuple[Path, Tensor]:
+        if split not in cifar10.SHEETS:
+            raise UserError(f"{self.key}={self.spec}: CIFAR10:train or CIFAR10:test is asked")
+        root = cifar10.find()
+        if root is None:
+            self._refuse("CIFAR10", " or ".join(map(str, cifar10.SEARCHED)), "no such folder")
+        return root, cifar10.load(split, root)[0]
+
+    def _open(self, cls: type, split: str) -> torch.utils.data.Dataset:
+        options = {}
+        if "train" in inspect.signature(cls).parameters:
+            if split not in ("train", "test"):
+                name = cls.__name__
+                raise UserError(f"{self.key}={self.spec}: {name}:train or {name}:test is asked")
+            options["train"] = split == "train"
+        elif split:
+            options["split"] = split
+        try:
+            return cls(self.root, **options)
+        except Exception as error:  # each dataset has its own way to say that it is not there
+            self._refuse(cls.__name__, self.root, " ".join(str(error).split()))
+
+    def _refuse(self, name: str, place: Path | str, reason: str) -> None:
+        raise UserError(
+            f"{self.key}={self.spec}: not in {place} ({reason}); fetch it with "
+            f"torchvision.datasets.{name}('data/{name.lower()}', download=True)"
+        ) from None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _image(self, index: int) -> Tensor:
+        if isinstance(self.dataset, Tensor):
+            return self.dataset[index]
+        image = self.dataset[index][0]
+        if image.mode not in MODES:
+            modes = ", ".join(MODES)
+            raise UserError(
+                f"{self.key}={self.spec}: image {index} has pixels of type {image.mode}; "
+                f"one of {modes} is allowed"
+            )
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """All images in the official order, uint8 (B, 3, H, W)."""
+        for start in range(0, len(self), batch_size):
+            images = [self._image(i) for i in range(start, min(start + batch_size, len(self)))]
+            for index, image in enumerate(images, start):
+                if image.shape[1:] != self.size:
+                    (height, width), (h, w) = self.size, image.shape[1:]
+                    raise UserError(
+                        f"{self.key}={self.spec}: image {index} has {w}x{h} pixels; all must have "
+                        f"the {width}x{height} of the first"
+                    )
+            yield torch.stack(images)
+
+    def stamp(self) -> str:
+        """Another one once a file in the dataset's folder has changed."""
+        return stamp(sorted(file for file in self.root.rglob("*") if file.is_file()))
+
+
+def open_images(spec: str | Path, key: str = "reference") -> ImageFolder | TorchvisionImages | None:
+    """The images that `spec` names; None for an .npz. UserError for anything that is no reference.
+
+    `spec` is a folder, a .zip or torchvision:NAME:SPLIT. Relative paths are looked for from the
+    current folder, then from the repository's root. `key` is what errors point to.
+    """
+    if str(spec).startswith(TORCHVISION):
+        return TorchvisionImages(str(spec), key)
+    path = locate(spec)
+    if not path.exists():
+        raise UserError(f"{key}={spec}: not there; {KINDS} is asked")
+    if path.is_dir():
+        return ImageFolder(path, key)
+    suffix = path.suffix.lower()
+    if suffix not in (".zip", ".npz"):
+        raise UserError(f"{key}={spec}: {KINDS} is asked")
+    return ImageZip(path, key) if suffix == ".zip" else None
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept, beside torch's hub folder: TORCH_HOME moves both."""
+    return Path(torch.hub.get_dir()).parent / "lml"
+
+
+_alive = WeakValueDictionary()
+
+
+class Reference:
+    """A reference set under one feature extractor, whose statistics are computed when asked for.
+
+    They are kept in `cache_folder()` and computed again only when the source has changed (a file's
+    name, size or time), or for another extractor. Several processes that want the same ones compute
+    them once. Statistics in an .npz are read and checked at once: UserError for those of another
+    extractor or number of features.
+
+    `size` is (H, W) of the images, or None when nobody knows. With `keep_features` set before the
+    statistics are computed, they hold all features, too: 4 D bytes an image, in memory and on disk.
+    """
+
+    def __init__(self, spec: str | Path, extractor: nn.Module, key: str = "reference"):
+        self.spec, self.extractor, self.key = str(spec), extractor, key
+        self.keep_features = False
+        self.images = open_images(spec, key)
+        if self.images is None:
+            self._statistics = ReferenceStatistics.load(spec, key, any_origin=True)
+            self._statistics.check(extractor, key)
+            self.size = self._statistics.size
+            return
+        self._statistics = None
+        self.size = self.images.size
+        self.stamp = self.images.stamp()
+        path = getattr(self.images, "path", None)
+        self.source = str(path.resolve()) if path else self.spec
+
+    @classmethod
+    def shared(cls, spec: str | Path, extractor: nn.Module, key: str) -> Reference:
+        """The one that is there already, if its source is as it was; so metrics compute it once."""
+        made = cls(spec, extractor, key)
+        if made.images is None:
+            return made
+        token = (made.source, made.stamp, id(extractor))
+        return _alive.setdefault(token, made)
+
+    def describe(self) -> dict:
+        """What a metric's protocol says of it; without the count before it is computed."""
+        statistics, facts = self._statistics, {}
+        if self.images is None:
+            return statistics.describe()
+        if statistics is not None:
+            images = statistics.protocol["images"]
+            facts = {"count": images["count"], "sha256": images["sha256"]}
+        return {"source": self.source, **facts, "size": list(self.size)}
+
+    def statistics(self) -> ReferenceStatistics:
+        """Computed, or read from where they are kept."""
+        statistics = self._statistics
+        if statistics is None or (self.keep_features and statistics.features is None):
+            self._statistics = self._find()
+        return self._statistics
+
+    def need_features(self, key: str = "reference") -> None:
+        """Keep all features when they are computed. UserError when there are only statistics."""
+        if self.images is None:
+            raise UserError(
+                f"{key}={self.spec}: holds mean and covariance, enough for a Fréchet distance "
+                "alone; the images are asked"
+            )
+        self.keep_features = True
+
+    def _find(self) -> ReferenceStatistics:
+        path = self.file()
+        with contextlib.ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(f"{path}.lock"))
+            except OSError:  # nowhere to keep them
+                return self._compute()
+            with contextlib.suppress(UserError):  # none yet, or broken
+                kept = ReferenceStatistics.load(path, features=self.keep_features)
+                fits = kept.protocol.get("stamp") == self.stamp
+                if fits and (kept.features is not None or not self.keep_features):
+                    return kept
+            made = self._compute()
+            with contextlib.suppress(OSError):
+                made.save(path)
+            return made
+
+    def file(self) -> Path:
+        """Where the statistics are kept; it says which source and which extractor."""
+        what = [self.source, describe(self.extractor), getattr(self.extractor, "resize", "none")]
+        name = re.sub(r"\W+", "-", Path(self.source).stem).strip("-")
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return cache_folder() / f"{name}-{digest[:16]}.npz"
+
+    def _compute(self) -> ReferenceStatistics:
+        batches = self.images.batches(BATCH_SIZE)
+        count = -(-len(self.images) // BATCH_SIZE)
+        # disable=None: a bar in a terminal, nothing in a file
+        batches = tqdm(batches, f"{self.key}={self.spec}", count, unit="batch", disable=None)
+        made = ReferenceStatistics.compute(batches, self.extractor, self.keep_features)
+        made.protocol |= {
+            "resize": getattr(self.extractor, "resize", "none"),
+            "source": self.source,
+            "stamp": self.stamp,
+        }
+        return made
+
+
+def check_size(images: Tensor, reference: Reference | ReferenceStatistics) -> None:
+    """UserError unless `images` (B, C, H, W) have the resolution of the reference's, if known."""
+    if reference.size is not None and tuple(images.shape[2:]) != tuple(reference.size):
+        (height, width), (h, w) = reference.size, images.shape[2:]
+        raise UserError(f"images of {w}x{h} pixels: the reference's have {width}x{height}")
