@@ -430,13 +430,17 @@ def reference_run(
         "lml": {"rank": 0},
         "nfe": nfe,
     }
-    return generate(fine, device, observer)[0].images
+    # Other jobs of a sweep may need the same reference at the same time.
+    return generate(fine, device, observer, wait=True)[0].images
 
 
 def generate(
-    cfg: Mapping[str, Any], device: torch.device, observer: Observer
+    cfg: Mapping[str, Any], device: torch.device, observer: Observer, wait: bool = False
 ) -> tuple[RunFolder, dict[str, Any]]:
-    """The run folder with all its images, and the timing of those made now ({} if none was)."""
+    """The run folder with all its images, and the timing of those made now ({} if none was).
+
+    With `wait`, a process that makes the same run is let finish, and not an error.
+    """
     rank, _ = rank_and_world()
     model = find(cfg["model"])
     prompts = choose_prompts(cfg, model)
@@ -446,7 +450,7 @@ def generate(
     path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
     folder = RunFolder(str(path), settings)
     count = cfg["num_images"]
-    stored = on_first(partial(_open, folder, cfg, observer))
+    stored = on_first(partial(_open, folder, cfg, observer, wait))
     try:
         timing = {}
         if len(stored) < count:
@@ -470,8 +474,8 @@ def generate(
             folder.close()
 
 
-def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer) -> set[int]:
-    folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"])
+def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: bool) -> set[int]:
+    folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"], wait)
     try:
         stored, broken = folder.survey(cfg["num_images"])
     except BaseException:

@@ -111,10 +111,11 @@ class RunFolder:
         self.hash = settings_hash(settings)
         self._lock = FileLock(self.path / ".lock")
 
-    def open(self, config: Mapping[str, Any], overwrite: bool = False) -> None:
+    def open(self, config: Mapping[str, Any], overwrite: bool = False, wait: bool = False) -> None:
         """Make the folder, or go on with the run in it, and lock it until `close`.
 
-        `config` is written as config.yaml unless it is there. Raises UserError for a folder that
+        `config` is written as config.yaml unless it is there. With `wait`, another process that
+        writes to the folder is let finish. Raises UserError for a folder that
         holds another run (with `overwrite`, what that run wrote is removed), for one that is no
         run's, for one in use and for one that cannot be written to.
         """
@@ -122,7 +123,7 @@ class RunFolder:
         text = OmegaConf.to_yaml({**config, "settings": dict(self.settings)})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=-1 if wait else 0)
             if not self._check(overwrite):
                 self._clear()
                 write_atomic(self.path / "config.yaml", text)

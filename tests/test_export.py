@@ -80,6 +80,35 @@ def test_the_benchmark_reads_prompts_and_order(script, run, tmp_path):
                 assert original.startswith(text + " ") and 235 < len(text) <= 244
 
 
+def test_a_run_from_prompts_to_the_benchmark(script, pipelines, tmp_path):
+    """The benchmark's files, a tiny Stable Diffusion, and its images named by their prompts."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/spatial_val.txt").write_text("a cat\na dog\n")
+    arguments = [
+        "model=sd15",
+        f"model.path={pipelines / 'sd15'}",
+        "model.height=16",
+        "model.width=16",
+        "prompts=t2i_compbench",
+        "prompts.path=dataset",
+        "prompts.categories=[spatial]",
+        "prompts.samples_per_prompt=2",
+        "num_images=4",
+        "nfe=2",
+        "metrics=none",
+        "threads=1",
+        "run_dir=run",
+    ]
+    assert script("sample", *arguments).code == 0
+    outcome = script("export", *ARGUMENTS, "layout.sampler=ours")
+    assert (outcome.code, outcome.err) == (0, "")
+    folder = tmp_path / "out/sd15/spatial/ours/samples"
+    names = ["a cat_000000.png", "a cat_000001.png", "a dog_000002.png", "a dog_000003.png"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    for index, name in enumerate(names):
+        assert (folder / name).samefile(tmp_path / f"run/images/{index:06d}.png")
+
+
 def test_names_that_a_folder_can_hold():
     for prompt, expected in (
         ("a", "a"),

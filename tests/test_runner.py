@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from lml import runner
@@ -420,6 +422,22 @@ def test_a_reference_run_is_made_once_and_without_lml(script, toy, tmp_path, mon
     assert script("sample", *toy, *more).code == 0
     assert sum(calls) == 10 * 4  # the run at hand, and no reference
     assert len(list((tmp_path / "outputs/reference").iterdir())) == 1
+
+
+def test_a_reference_that_another_process_is_making_is_waited_for(script, toy, tmp_path):
+    """As in a sweep whose jobs run side by side; a run itself is still refused."""
+    metric = ["metrics=[convergence]", "metrics.convergence.nfe=20"]
+    assert script("sample", *toy, *metric, "run_dir=a").code == 0
+    (reference,) = (tmp_path / "outputs/reference").iterdir()
+    lock = FileLock(reference / ".lock", thread_local=False)
+    lock.acquire()
+    timer = threading.Timer(1.0, lock.release)
+    timer.start()
+    outcome = script("sample", *toy, *metric, "lml.rank=1", "run_dir=b")
+    assert (outcome.code, outcome.err) == (0, "") and not lock.is_locked
+    with FileLock(tmp_path / "b/.lock"):
+        outcome = script("sample", *toy, "lml.rank=1", "run_dir=b")
+    assert outcome.code == 2 and "another process is writing to it" in outcome.err
 
 
 def test_evaluate_wants_a_complete_run(script, finished):
