@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from lml.data.images import ImageFolder
 from lml.device import find_device
 from lml.errors import UserError
 from lml.metrics.evaluate import evaluate
-from lml.pipelines import pixel
+from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
@@ -247,6 +248,43 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     return make
 
 
+def pipeline_overhead(batches: int) -> list[Row]:
+    """Our sampling of each tiny random pipeline of the tests over diffusers' own loop.
+
+    Same networks, LML scheduler, prompts, noise and steps; both hand over tensors.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny_pipelines
+
+    rows, prompts, seeds = [], ["a cat", "a dog"], [0, 1]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, build in tiny_pipelines.PIPELINES.items():
+            torch.manual_seed(0)
+            path = Path(folder, name)
+            build(Path(folder, "tokenizers", name)).save_pretrained(path)
+            solver = "flow_euler" if name in tiny_pipelines.FLOW else "dpmsolverpp"
+            overrides = [f"model={name}", f"model.path={path}", f"solver={solver}"]
+            with run_config(None, [*overrides, "model.height=16", "model.width=16"]) as config:
+                cfg = OmegaConf.to_container(config, resolve=True)
+            model = find(cfg["model"])
+            scheduler = runner.make_scheduler(cfg, model)
+            sampler = model.sampler(torch.device("cpu"), torch.float32, False, False)
+
+            def theirs(sampler: Any = sampler, scheduler: Any = scheduler) -> None:
+                sampler.pipe.scheduler = scheduler
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                options = {"generator": generators, "output_type": "pt", **sampler.options}
+                sampler.pipe(prompts, num_inference_steps=10, **options)
+
+            turns = [
+                (_seconds(sampler, scheduler, 10, seeds, prompts), _seconds(theirs))
+                for _ in range(batches + 2)
+            ][2:]  # the first two warm up
+            ratios = _ratios(*zip(*turns, strict=True))
+            rows.append(_row(f"sampling of a tiny {name} / diffusers' loop", ratios, "<= 1.03"))
+    return rows
+
+
 def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -> list[Row]:
     """The share of its time that a run with LML spends outside the network, from timing.json."""
     rows = []
@@ -282,8 +320,8 @@ def fd_change(
 
 
 @contextmanager
-def run_config(model: DictConfig, arguments: Sequence[str]) -> Iterator[DictConfig]:
-    """scripts/sample.py's configuration with this model and arguments, and a folder of its own."""
+def run_config(model: DictConfig | None, arguments: Sequence[str]) -> Iterator[DictConfig]:
+    """scripts/sample.py's configuration with these arguments, a model, and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*arguments, f"run_dir={folder}/run", "progress=false"]
         # A Hydra script that called this has told Hydra already where the configs are.
@@ -291,7 +329,8 @@ def run_config(model: DictConfig, arguments: Sequence[str]) -> Iterator[DictConf
         configs = str(ROOT / "configs")
         with nullcontext() if ready else initialize_config_dir(configs, version_base=None):
             config = compose("sample", arguments)
-        config.model = model
+        if model is not None:
+            config.model = model
         yield config
 
 
@@ -430,7 +469,7 @@ def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> fl
 
 def benchmark(cfg: DictConfig) -> list[Row]:
     """Measure the parts that `cfg` (configs/benchmark.yaml) names; prints and returns the table."""
-    known = {"correction", "memory", "run", "outside", "fd", "evaluators"}
+    known = {"correction", "memory", "run", "outside", "fd", "pipelines", "evaluators"}
     for part in cfg.parts:
         if part not in known:
             raise UserError(f"parts={part}: one of {', '.join(sorted(known))} is asked")
@@ -454,6 +493,8 @@ def benchmark(cfg: DictConfig) -> list[Row]:
         rows += more
     if "outside" in cfg.parts:
         rows += outside_network(cfg.batches, cfg.model, arguments)
+    if "pipelines" in cfg.parts:
+        rows += pipeline_overhead(cfg.repeats)
     for setting in cfg.settings if "fd" in cfg.parts else ():
         if setting != "float32":
             rows += fd_change(setting, cfg.fd_images, cfg.model, arguments)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +26,8 @@ from lml.errors import UserError, nearest
 
 CONFIGS = ROOT / "configs"
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# The extras of setup.cfg that bring Hydra's launchers and sweepers.
+EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,8 +49,10 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
 
     What a user did wrong (a UserError, or what Hydra and OmegaConf refuse) becomes one line on
     stderr and exit code 2; an interruption one line and 128 + its signal's number; anything else
-    keeps its traceback. In a sweep a cell that fails is named, and the others go on. With
-    HYDRA_FULL_ERROR=1 in the environment every error keeps its traceback.
+    keeps its traceback. In a sweep a cell that fails is named, and the others go on, here or, with
+    hydra/launcher, in other processes and on other machines: there a cell runs in the folder that
+    the sweep was started in, and its line is said here. With HYDRA_FULL_ERROR=1 in the environment
+    every error keeps its traceback.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -62,11 +71,14 @@ def _run(task: Callable[[DictConfig], None], config_name: str) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     started, failed = False, []
+    here, arguments, process = os.getcwd(), sys.argv, os.getpid()
 
     @functools.wraps(task)
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> Any:
         nonlocal started
         started = True
+        if os.getpid() != process:
+            return _run_elsewhere(task, cfg, here, arguments)
         try:
             _check_complete(cfg)
             return task(cfg)
@@ -82,7 +94,8 @@ def _run(task: Callable[[DictConfig], None], config_name: str) -> int:
                 say(_explain(error))
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+        with _launchers(failed):
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
         say(str(interruption))
         return interruption.exit_code
@@ -105,6 +118,127 @@ def _interrupt(number: int, frame: object) -> None:
     raise Interrupted(number)
 
 
+# --- sweeps in other processes -----------------------------------------------------------------
+
+
+def _run_elsewhere(
+    task: Callable[[DictConfig], Any], cfg: DictConfig, here: str, arguments: list[str]
+) -> Any:
+    """One cell of a sweep, in a process that a launcher started. Fails with a UserError only."""
+    try:
+        os.chdir(here)
+        sys.argv = arguments  # the run's record of its command line
+        _check_complete(cfg)
+        return task(cfg)
+    except Exception as error:
+        reason = _explain(error)
+        if not isinstance(error, (UserError, OmegaConfBaseException)):
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {reason} (its traceback is in the job's log)"
+        # one that every process can unpickle, which not all exceptions are
+        raise UserError(reason) from None
+
+
+@contextlib.contextmanager
+def _launchers(failed: list[Exception]) -> Iterator[None]:
+    """Let Hydra's sweepers have launchers that say what failed; `failed` is what was said."""
+    plugins = Plugins.instance()
+    instantiate = plugins.instantiate_launcher
+
+    def instantiate_launcher(**options: Any) -> _Launcher:
+        name = options["config"].hydra.runtime.choices["hydra/launcher"]
+        return _Launcher(instantiate(**options), name, failed)
+
+    plugins.instantiate_launcher = instantiate_launcher
+    try:
+        yield
+    finally:
+        del plugins.instantiate_launcher
+
+
+class _Launcher:
+    """One of Hydra's launchers, whose jobs all end before the first failure is raised."""
+
+    def __init__(self, launcher: Any, name: str, failed: list[Exception]):
+        self.launcher, self.name, self.failed = launcher, name, failed
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
+        if self.name == "basic":
+            results = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        else:
+            results = self._launch_elsewhere(job_overrides, initial_job_idx)
+        quiet = []
+        for overrides, result in zip(job_overrides, results, strict=True):
+            if result.status == JobStatus.FAILED:
+                error = result._return_value
+                if error not in self.failed:
+                    self.failed.append(error)
+                    say(f"{' '.join(filter_overrides(overrides))}: {error}")
+                result = _Failure(**vars(result))
+            quiet.append(result)
+        return quiet
+
+    def _launch_elsewhere(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        if self.name == "ray" and self.launcher.ray_cfg.init.get("address"):
+            # A running cluster has its own environment, and refuses the size that the plugin adds.
+            defaults = {
+                "object_store_memory": None,
+                "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
+            }
+            init = self.launcher.ray_cfg.init
+            self.launcher.ray_cfg.init = OmegaConf.merge(defaults, init)
+        before = os.environ.get("PYTHONPATH")
+        # a clone runs without being installed
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+        try:
+            with _patience():
+                return self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        except Exception as error:
+            raise UserError(f"hydra/launcher={self.name}: {_first_line(error)}") from error
+        finally:
+            os.environ.pop("PYTHONPATH")
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
+
+
+class _Failure(JobReturn):
+    """Hydra's, but for a second line on stderr when it is looked at."""
+
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Make a job of submitit's whose process died a failed one: its launcher leaves the others."""
+    try:
+        from submitit import Job
+    except ImportError:
+        yield
+        return
+    results = Job.results
+
+    def all_results(self: Job) -> list:
+        try:
+            return results(self)
+        except Exception:
+            reason = f"its process ended, see {self.paths.stderr}"
+            error = UserError(f"{reason}; the same command completes the sweep")
+            return [JobReturn(status=JobStatus.FAILED, _return_value=error)]
+
+    Job.results = all_results
+    try:
+        yield
+    finally:
+        Job.results = results
+
+
+# --- errors in one line ------------------------------------------------------------------------
+
+
 def _check_complete(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -116,6 +250,8 @@ def _explain(error: Exception) -> str:
     text, cause = str(error), error.__cause__
     if match := re.search(r"Could not (?:find|load) '(.+)/(.+)'", text):
         group, option = match.groups()
+        if group in ("hydra/launcher", "hydra/sweeper") and option in EXTRAS:
+            return f"{group}={option}: needs `pip install -e '.[{EXTRAS[option]}]'`"
         files = (CONFIGS / group).glob("*.yaml")
         known = getattr(error, "options", None) or [file.stem for file in files]
         return f"{group}={option}: unknown; nearest: {nearest(option, known)}"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
 
-BLOCK = 2**17  # numbers of direction and anchors that are taken at a time: fits the cache
+BLOCK = 2**18  # numbers of direction and anchors taken at a time: near the cache, little memory
 ROUNDING = 500  # machine epsilons of mean |u|^2: a smaller damping drowns in U^T U's rounding
 LARGEST = 1e150  # a larger damping changes nothing, and its square is not finite
 
@@ -180,6 +180,7 @@ class LMLCorrection(nn.Module):
             vectors[:, r:] /= direction_scale
 
         gram = vectors @ vectors.mT
+        norm = gram[:, r:, r:].sqrt()  # |g|
         gram, projection = gram[:, :r, :r], gram[:, :r, r:]  # U^T U and U^T g
         mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         scale = mean_square if self.damping_scale == "relative" else anchor_scale**-2
@@ -192,12 +193,15 @@ class LMLCorrection(nn.Module):
         weights = torch.cholesky_solve(projection, factor)
         # d = g - U weights
         d = torch.cat([-weights, torch.ones_like(weights[:, :1])], 1).mT @ vectors
-        if self.norm_preserving:
-            norm = torch.linalg.vector_norm(vectors[:, r:], dim=2, keepdim=True)
-            norm_d = torch.linalg.vector_norm(d, dim=2, keepdim=True)
-            d = d * torch.where(norm_d > 0, norm / norm_d, 1.0)
-        limit = torch.finfo(direction.dtype).max  # |g| may exceed it where no number of g does
-        return (d * direction_scale).clamp(-limit, limit).view_as(direction)
+        norm_d = torch.linalg.vector_norm(d, dim=2, keepdim=True)
+        # |g| may exceed the largest number of the type where no number of g does.
+        largest = (1 - 1e-15) * torch.finfo(direction.dtype).max / direction_scale
+        size = (norm if self.norm_preserving else norm_d).clamp(max=largest)
+        scale = torch.where(norm_d > 0, size / norm_d, 1.0)
+        d = d * scale if d.requires_grad else d.mul_(scale)
+        if direction.dtype == torch.float64:
+            d = d * direction_scale
+        return d.view_as(direction)
 
 
 def _power_of_two(vectors: Tensor) -> Tensor:

@@ -31,19 +31,23 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import make_grid
 
 from lml import __version__
+from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
 from lml.data.images import read
 from lml.device import use_device
 from lml.errors import UserError, nearest
-from lml.metrics.evaluate import Context, build, evaluate
-from lml.pipelines import pixel
+from lml.metrics.evaluate import Context, build, check_prompts, evaluate
+from lml.pipelines import find, pixel
+from lml.pipelines.text import TextModel, TextSampler
 from lml.store import (
     RunError,
     RunFolder,
     Writer,
+    canonical,
     merge_json,
     read_config,
     read_json,
@@ -58,6 +62,12 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+ATTENTION = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 # Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
 GRID = (
     "timestep_spacing",
@@ -66,6 +76,8 @@ GRID = (
     "use_beta_sigmas",
     "use_lu_lambdas",
 )
+Model = pixel.PixelModel | TextModel
+Sampler = pixel.PixelSampler | TextSampler
 PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra-core")
 
 
@@ -78,6 +90,8 @@ def check(cfg: Mapping[str, Any]) -> None:
     for key in ("compile", "channels_last", "overwrite", "progress"):
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: true or false is asked")
+    if cfg["attention"] is not None and cfg["attention"] not in ATTENTION:
+        raise UserError(f"attention={cfg['attention']}: null, or one of {', '.join(ATTENTION)}")
     if cfg["dtype"] not in DTYPES:
         raise UserError(f"dtype={cfg['dtype']}: one of {', '.join(DTYPES)} is asked")
 
@@ -91,7 +105,7 @@ def check_whole(cfg: Mapping[str, Any], lowest: Mapping[str, int]) -> None:
             raise UserError(f"{key}={value}: a whole number of at least {low} is asked")
 
 
-def make_scheduler(cfg: Mapping[str, Any], model: pixel.PixelModel) -> SchedulerMixin:
+def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
 
     The model's own grid of timesteps is not taken over: `grid=default` is the solver's. UserError
@@ -148,6 +162,17 @@ def _fitting_grids(known: set[str]) -> list[str]:
     return [file.stem for file in files if set(OmegaConf.load(file)) - {"name"} <= known]
 
 
+def choose_prompts(cfg: Mapping[str, Any], model: Model) -> prompt_sets.PromptSet | None:
+    """The prompts of the config's `prompts`, as many as images at least; None for other models."""
+    if not isinstance(model, TextModel):
+        if cfg["prompts"]:
+            raise UserError(f"prompts: model={model.name} takes none")
+        return None
+    if not cfg["prompts"]:
+        raise UserError(f"prompts=none: model={model.name} needs prompts, as prompts=text does")
+    return prompt_sets.load(cfg["prompts"]).take(cfg["num_images"])
+
+
 def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
     """The number of steps for which the scheduler called `solver` makes exactly `nfe` evaluations.
 
@@ -158,8 +183,10 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
         raise UserError(f"nfe={nfe}: at most {highest}, the number of the model's timesteps")
 
     def evaluations(steps: int) -> int:
+        # With dynamic shifting the pipeline gives mu, which depends on the image's size.
+        mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
         try:
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps, **mu)
         except (ValueError, IndexError, ZeroDivisionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"nfe={nfe}: not for {solver} ({reason})") from None
@@ -174,9 +201,14 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
     return steps
 
 
-def determine(cfg: Mapping[str, Any], model: pixel.PixelModel) -> dict[str, Any]:
+def determine(
+    cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | None = None
+) -> dict[str, Any]:
     """The settings that determine the images; their hash names the run."""
     keys = ("nfe", "seed", "num_images", "batch_size", "dtype", "compile", "channels_last")
+    optional = {"attention": cfg["attention"]} if cfg["attention"] else {}
+    if prompts is not None:
+        optional["prompts"] = prompts.settings
     lml = cfg["lml"] if cfg["lml"].get("rank") != 0 else {"rank": 0}
     return {
         "model": model.settings,
@@ -184,6 +216,7 @@ def determine(cfg: Mapping[str, Any], model: pixel.PixelModel) -> dict[str, Any]
         "grid": {key: value for key, value in cfg["grid"].items() if key != "name"},
         "lml": lml,
         **{key: cfg[key] for key in keys},
+        **optional,
     }
 
 
@@ -248,6 +281,7 @@ class Stopwatch:
         self.cuda = device.type == "cuda"
         self.evaluations = 0
         self._spans = []
+        self._hooks = []
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -257,18 +291,28 @@ class Stopwatch:
         self._spans.append((part, start, self._now()))
 
     def attach(self, module: nn.Module, part: str, count: bool = False) -> None:
-        """Count the time of every call of `module` as `part`; with `count`, its samples, too."""
+        """Count the time of every call of `module` as `part`; with `count`, its samples, too.
+
+        Until `close`.
+        """
         starts = []
 
-        def before(_: nn.Module, args: tuple) -> None:
-            self.evaluations += len(args[0]) if count else 0
+        def before(_: nn.Module, args: tuple, options: dict) -> None:
+            if count:
+                inputs = options.get("hidden_states", options.get("sample"))
+                self.evaluations += len(args[0] if args else inputs)
             starts.append(self._now())
 
         def after(*_: Any) -> None:
             self._spans.append((part, starts.pop(), self._now()))
 
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after))
+
+    def close(self) -> None:
+        """Let go of all modules."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def seconds(self) -> Counter:
         """Seconds by part so far."""
@@ -321,11 +365,14 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     device = use_device(config["device"], config["threads"])
     with processes():
         metrics = build(config["metrics"])  # before any work, since it may be a typo
+        check_prompts(metrics, bool(config["prompts"]))
         folder, timing = generate(config, device, observer)
         observer.finish(folder, timing)
         if metrics:
             reference = partial(reference_run, config, device, observer)
-            results = evaluate(folder.images, metrics, context=Context(reference, device))
+            texts = on_first(partial(prompt_sets.find, folder.images))
+            context = Context(reference, device, prompts=texts)
+            results = evaluate(folder.images, metrics, context=context)
             on_first(lambda: merge_json(folder.path / "metrics.json", results))
             observer.scored(results)
     return folder.path
@@ -350,7 +397,8 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
             )
     out = Path(out) if out else Path(run_dir or images) / "metrics.json"
     with processes():
-        context = Context(reference, device, config["batch_size"])
+        texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
+        context = Context(reference, device, config["batch_size"], texts)
         results = evaluate(images, config["metrics"], context=context)
         on_first(lambda: merge_json(out, results))
         observer.scored(results)
@@ -390,10 +438,11 @@ def generate(
 ) -> tuple[RunFolder, dict[str, Any]]:
     """The run folder with all its images, and the timing of those made now ({} if none was)."""
     rank, _ = rank_and_world()
-    model = pixel.find(cfg["model"])
+    model = find(cfg["model"])
+    prompts = choose_prompts(cfg, model)
     scheduler = make_scheduler(cfg, model)
     steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
-    settings = determine(cfg, model)
+    settings = determine(cfg, model, prompts)
     path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
     folder = RunFolder(str(path), settings)
     count = cfg["num_images"]
@@ -401,10 +450,10 @@ def generate(
     try:
         timing = {}
         if len(stored) < count:
-            share = Share(cfg, device, model, scheduler, steps, folder, stored)
+            share = Share(cfg, device, model, prompts, scheduler, steps, folder, stored)
             timing = share.make(observer)
         if rank == 0:
-            _finish(folder, count, timing)
+            _finish(folder, count, prompts, timing)
         return folder, timing
     except BaseException as error:
         if rank == 0:
@@ -435,13 +484,17 @@ def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer) -> set[
     return stored
 
 
+_loaded: dict[str, Sampler] = {}  # the last one: the runs of a sweep share it, compiled
+
+
 @dataclass
 class Share:
     """What one of N processes makes of a run: each Nth of the blocks that miss an image."""
 
     cfg: Mapping[str, Any]
     device: torch.device
-    model: pixel.PixelModel
+    model: Model
+    prompts: prompt_sets.PromptSet | None
     scheduler: SchedulerMixin
     steps: int
     folder: RunFolder
@@ -453,99 +506,125 @@ class Share:
         rank, world = rank_and_world()
         blocks = [range(i, min(i + size, count)) for i in range(0, count, size)]
         blocks = [block for block in blocks if not self.stored.issuperset(block)][rank::world]
-        network = self._network() if blocks else None
+        sampler = self._sampler(observer) if blocks else None
         watch = Stopwatch(self.device)
         if blocks:
-            watch.attach(network, "network", count=True)
+            watch.attach(sampler.network, "network", count=True)
+            for name, network in sampler.parts.items():
+                watch.attach(network, name)
             if isinstance(correction := getattr(self.scheduler, "correction", None), nn.Module):
                 watch.attach(correction, "correction")
         observer.begin(sum(map(len, blocks)))
         start = time.perf_counter()
-        with Writer(self.folder) as writer:
+        with contextlib.closing(watch), Writer(self.folder) as writer:
             for block in blocks:
                 # A block is made whole, even if one image is missing: its composition is fixed.
-                pixels = self._batch(network, block, watch)
+                pixels = self._batch(sampler, block, watch)
                 with watch.measure("writing"):
                     made = zip(block, pixels, strict=True)
                     writer.submit((i, image) for i, image in made if i not in self.stored)
                 observer.made(len(block))
             with watch.measure("writing"):
                 writer.wait()
-        return self._timing(watch, sum(map(len, blocks)), time.perf_counter() - start)
+        guided = bool(sampler and sampler.guided)
+        return self._timing(watch, sum(map(len, blocks)), time.perf_counter() - start, guided)
 
-    def _network(self) -> nn.Module:
-        network = self.model.load(self.device, DTYPES[self.cfg["dtype"]])
-        if self.cfg["channels_last"]:
-            network = network.to(memory_format=torch.channels_last)
-        return torch.compile(network) if self.cfg["compile"] else network
-
-    def _batch(self, network: nn.Module, block: range, watch: Stopwatch) -> np.ndarray:
-        height, width = pixel.size(network)
-        shape = (network.config.in_channels, height, width)
-        noise, generators = pixel.draw_noise([self.cfg["seed"] + i for i in block], shape)
-        options = self.cfg["solver"].get("step") or {}
+    def _sampler(self, observer: Observer) -> Sampler:
+        cfg = self.cfg
+        options = (self.device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
+        key = canonical({"config": cfg["model"], **self.model.settings, "options": str(options)})
         try:
-            with watch.measure("sampling"):
-                images = pixel.sample(
-                    network,
-                    self.scheduler,
-                    self.steps,
-                    noise,
-                    generators,
-                    self.cfg["channels_last"],
-                    **options,
-                )
+            if key not in _loaded:
+                _loaded.clear()
+                _loaded[key] = self.model.sampler(*options)
+            sampler = _loaded[key]
+        except torch.cuda.OutOfMemoryError:
+            raise self._out_of_memory() from None
+        if self.prompts is not None and rank_and_world()[0] == 0:
+            for line in sampler.cut(self.prompts.texts):
+                observer.say(line)
+        return sampler
+
+    def _out_of_memory(self) -> RunError:
+        less = ["a smaller batch_size", "dtype=bfloat16"]
+        if "cpu_offload" in self.cfg["model"]:
+            less += ["model.slicing=true", "model.cpu_offload=true"]
+        return RunError(
+            f"batch_size={self.cfg['batch_size']}: too large for {self.model.name} and the memory "
+            f"of {self.device}; what takes less: {', '.join(less)}"
+        )
+
+    def _batch(self, sampler: Sampler, block: range, watch: Stopwatch) -> np.ndarray:
+        seeds = [self.cfg["seed"] + i for i in block]
+        prompts = None if self.prompts is None else self.prompts[block.start : block.stop].texts
+        options = self.cfg["solver"].get("step") or {}
+        name = self.cfg["attention"]
+        attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
+        try:
+            with watch.measure("sampling"), attention:
+                images = sampler(self.scheduler, self.steps, seeds, prompts, **options)
         except FloatingPointError as error:
             raise RunError(
                 f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
             ) from None
         except torch.cuda.OutOfMemoryError:
-            raise RunError(
-                f"batch_size={self.cfg['batch_size']}: too large for the memory of {self.device}"
-            ) from None
+            raise self._out_of_memory() from None
         except RuntimeError as error:
+            if "No available kernel" in str(error):
+                raise RunError(f"attention={name}: not for this model, type and device") from None
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
         return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _timing(self, watch: Stopwatch, images: int, seconds: float) -> dict[str, Any]:
+    def _timing(
+        self, watch: Stopwatch, images: int, seconds: float, guided: bool
+    ) -> dict[str, Any]:
         _, world = rank_and_world()
-        mine = (watch.seconds(), watch.evaluations, images, seconds)
+        mine = (watch.seconds(), watch.evaluations, images, seconds, guided)
         shares = [mine]
         if world > 1:
             shares = [None] * world
             _collective(dist.all_gather_object, shares, mine)
         parts = sum((share[0] for share in shares), Counter())
         evaluations, images = (sum(share[i] for share in shares) for i in (1, 2))
-        if evaluations != images * self.cfg["nfe"]:
-            per_image = evaluations / images
-            raise RuntimeError(f"nfe={self.cfg['nfe']}, but {per_image:g} evaluations were counted")
+        per_image, nfe = evaluations / images, self.cfg["nfe"]
+        # Most guided models are evaluated with and without the prompt; some take guidance as input.
+        if per_image not in (nfe, 2 * nfe if any(share[4] for share in shares) else nfe):
+            raise RuntimeError(f"nfe={nfe}, but {per_image:g} evaluations were counted")
         total = sum(share[3] for share in shares)
-        solver = parts["sampling"] - parts["network"] - parts["correction"]
-        other = total - parts["sampling"] - parts["writing"]
+        known = ("sampling", "network", "correction", "writing")
+        others = {name: value for name, value in parts.items() if name not in known}
+        inside = parts["network"] + sum(others.values())
+        seconds = {
+            "network": parts["network"],
+            **others,
+            "correction": parts["correction"],
+            "solver": parts["sampling"] - inside - parts["correction"],
+            "writing": parts["writing"],
+            "other": total - parts["sampling"] - parts["writing"],
+            "total": total,
+        }
         return {
             "images": images,
             "images_per_second": round(images / max(share[3] for share in shares), 3),
-            "evaluations_per_image": evaluations / images,
-            "seconds": {
-                "network": round(parts["network"], 4),
-                "correction": round(parts["correction"], 4),
-                "solver": round(solver, 4),
-                "writing": round(parts["writing"], 4),
-                "other": round(other, 4),
-                "total": round(total, 4),
-            },
-            "outside_network": round(1 - parts["network"] / total, 4),
+            "evaluations_per_image": nfe,
+            "guidance_evaluations_per_image": per_image - nfe,
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "outside_network": round(1 - inside / total, 4),
             "processes": world,
             "threads": torch.get_num_threads(),
             "device": str(self.device),
         }
 
 
-def _finish(folder: RunFolder, count: int, timing: Mapping[str, Any]) -> None:
+def _finish(
+    folder: RunFolder, count: int, prompts: prompt_sets.PromptSet | None, timing: Mapping[str, Any]
+) -> None:
     folder.write_manifest(count)
+    if prompts is not None:
+        prompts.save(folder.path / prompt_sets.FILE)
     if timing:
         write_json(folder.path / "timing.json", timing)
     if timing or not (folder.path / "grid.png").exists():

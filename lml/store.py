@@ -3,7 +3,7 @@
     config.yaml         the configuration, the settings that determine the images, provenance
     images/000000.png   sealed: a text chunk says which run and index the pixels belong to
     manifest.json       what is complete, and the sha256 of config and images
-    metrics.json, timing.json, grid.png
+    metrics.json, timing.json, grid.png, prompts.jsonl
 
 No journal is kept: an image that is there and whose seal holds is done.
 """
@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from PIL import Image, PngImagePlugin
 
 from lml.errors import UserError
+from lml.files import file_hash
 
 IMAGE = re.compile(r"\d{6,}\.png")
 SEAL = "lml-seal"
@@ -160,7 +161,8 @@ class RunFolder:
         for file in self.images.glob("*.png"):
             if IMAGE.fullmatch(file.name):
                 file.unlink()
-        for name in ("manifest.json", "metrics.json", "timing.json", "grid.png"):
+        written = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
+        for name in written:
             (self.path / name).unlink(missing_ok=True)
 
     def image_path(self, index: int) -> Path:
@@ -264,15 +266,6 @@ class Writer:
 
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown()  # what is queued is still stored
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import tiny_pipelines
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
 )
 
 from lml import schedulers
 
-transformers = pytest.importorskip("transformers")
-
-TOKENS = ["<|startoftext|>", "<|endoftext|>", *"acdgot", *(f"{letter}</w>" for letter in "acdgot")]
 # What Stable Diffusion runs on; FlowMatchEuler and IPNDM have noise schedules of their own.
 FOR_STABLE_DIFFUSION = [
     cls
@@ -30,56 +26,8 @@ FOR_STABLE_DIFFUSION = [
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
-    """A tiny Stable Diffusion 1.5 with random weights and a vocabulary of six letters."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.json").write_text(
-        "{" + ", ".join(f'"{token}": {k}' for k, token in enumerate(TOKENS)) + "}"
-    )
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
-    )
     torch.manual_seed(0)
-    text_config = transformers.CLIPTextConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    blocks = {"block_out_channels": (16, 16), "norm_num_groups": 8, "layers_per_block": 1}
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            **blocks,
-        ),
-        text_encoder=transformers.CLIPTextModel(text_config),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=8,
-            **blocks,
-        ),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return tiny_pipelines.stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

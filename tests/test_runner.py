@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -189,7 +190,7 @@ def test_an_interrupted_run_is_completed_by_the_same_command(
 
 
 def test_kill_at_a_random_moment_then_resume(script, spawn, toy, tmp_path):
-    arguments = [*toy, "num_images=300", "batch_size=2", "nfe=8"]
+    arguments = [*toy, "num_images=300", "batch_size=2", "nfe=8", "progress=false"]
     victim = spawn("sample", *arguments, "run_dir=killed")
     images = tmp_path / "killed/images"
     goal = random.randint(1, 100)
@@ -225,6 +226,42 @@ def test_two_processes_make_the_bytes_of_one(spawn, toy, finished, tmp_path):
     timing = json.loads((tmp_path / "two/timing.json").read_text())
     assert (timing["processes"], timing["images"], timing["evaluations_per_image"]) == (2, 10, 4)
     assert json.loads((tmp_path / "two/manifest.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_is_named_and_the_same_command_completes_the_run(
+    script, spawn, toy, tmp_path, rank
+):
+    """kill -9 of one of two: torchrun names it, the other ends at once, and nothing is lost."""
+    arguments = [*toy, "num_images=200", "batch_size=2", "progress=false", "run_dir=two"]
+    two = spawn("sample", *arguments, processes=2)
+    images = tmp_path / "two/images"
+    wait_for(lambda: images.is_dir() and len(list(images.glob("[0-9]*.png"))) >= 4, two)
+    os.kill(process_of_rank(two, rank), signal.SIGKILL)
+    start = time.monotonic()
+    _, err = two.communicate(timeout=60)
+    assert two.returncode != 0 and time.monotonic() - start < 20
+    assert re.search(rf"rank +: {rank} .*\n *exitcode +: -9 ", err), err
+    assert re.search(rf"^\[rank {1 - rank}\] (interrupted|another process)", err, re.M), err
+    stored = contents(images)
+    assert 4 <= len(stored) < 200
+    outcome = script("sample", *arguments)
+    assert outcome.code == 0 and outcome.err == ""
+    assert script("sample", *arguments[:-1], "run_dir=whole").code == 0
+    assert contents(images) == contents(tmp_path / "whole/images")
+
+
+def process_of_rank(launcher: subprocess.Popen, rank: int) -> int:
+    """The id of the process that torchrun started as number `rank`."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (path / "environ").read_bytes().split(b"\0")
+            parent = int((path / "stat").read_text().rpartition(") ")[2].split()[1])
+        except OSError:
+            continue
+        if parent == launcher.pid and f"RANK={rank}".encode() in variables:
+            return int(path.name)
+    raise AssertionError(f"torchrun has no process of rank {rank}")
 
 
 def test_a_process_that_fails_names_its_rank(spawn, toy, tmp_path, tiny_model):
@@ -417,3 +454,20 @@ def test_compile_makes_nearly_the_same_images(script, toy, finished, tmp_path):
             for folder in (tmp_path / "run", finished)
         )
         assert np.abs(ours - theirs).max() <= 1
+
+
+def test_runs_of_a_sweep_share_the_network(script, toy, tmp_path, monkeypatch):
+    """Loaded once, and counted and timed afresh in every run."""
+    loads = []
+    load = pixel.PixelModel.load
+    monkeypatch.setattr(
+        pixel.PixelModel, "load", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs)
+    )
+    runner._loaded.clear()
+    assert script("sample", "-m", *toy, "seed=0,1", "name=sweep").code == 0
+    assert len(loads) == 1
+    timings = [json.loads(f.read_text()) for f in tmp_path.glob("outputs/sweep/*/timing.json")]
+    assert [timing["evaluations_per_image"] for timing in timings] == [4, 4]
+    assert not runner._loaded[next(iter(runner._loaded))].network._forward_hooks
+    assert script("sample", *toy, "dtype=bfloat16", "name=other").code == 0
+    assert len(loads) == 2

@@ -140,6 +140,7 @@ def test_other_settings_are_refused_by_name_and_overwritten_on_demand(tmp_path):
     folder = make(tmp_path)
     folder.write_manifest(4)
     folder.close()
+    (tmp_path / "prompts.jsonl").write_text("the other run's")
     (tmp_path / "notes.txt").write_text("mine")
     (folder.images / "mine.png").write_text("mine")
     other = RunFolder(tmp_path, {**SETTINGS, "nfe": 20, "solver": {"name": "ddim", "order": 2}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ class Context:
 
     `reference_run(nfe=…, solver=…)` repeats the run at hand with that many evaluations of that
     solver, from the same noise, and returns its folder of images; None for images without a run.
+    `prompts` are those of the images, in the order of their sorted names.
     """
 
     reference_run: Callable[..., Path] | None = None
     device: str | torch.device = "cpu"
     batch_size: int = 256  # in whole batches of 64, which is what Inception sees
+    prompts: list[str] | None = None
 
 
 def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
@@ -46,6 +49,16 @@ def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     return made
 
 
+def check_prompts(metrics: Mapping[str, Metric], available: bool) -> None:
+    """Raise UserError when one of the metrics needs prompts and there are none."""
+    for name, metric in metrics.items():
+        if getattr(metric, "needs_prompts", False) and not available:
+            raise UserError(
+                f"metrics=[{name}]: needs prompts; give prompts=text prompts.file=FILE, "
+                "or a run that was made from prompts"
+            )
+
+
 def evaluate(
     images: ImageFolder | str | Path,
     metrics: Mapping[str, Any],
@@ -59,8 +72,9 @@ def evaluate(
     of the fixed batches, and all return the numbers of one process.
 
     A metric is updated with uint8 (B, 3, H, W). One that has `reference_folder(reference_run)` is
-    given the images of the same names in that folder as second argument. It may carry a `protocol`
-    and a `num_images`. Raises UserError for an empty folder, and for a broken file or one of
+    given the images of the same names in that folder as second argument, and one whose
+    `needs_prompts` is true the images' prompts, a list of B strings. It may carry a `protocol` and
+    a `num_images`. Raises UserError for an empty folder, and for a broken file or one of
     another size, by its name.
     """
     context = context or Context()
@@ -69,6 +83,14 @@ def evaluate(
     device = "cpu" if torch.device(context.device).type == "mps" else context.device
     seconds, references = {}, {}
     made = {name: metric.to(device) for name, metric in build(metrics).items()}
+    check_prompts(made, context.prompts is not None)
+    prompted = [name for name, metric in made.items() if getattr(metric, "needs_prompts", False)]
+    if prompted and len(context.prompts) != len(folder):
+        raise UserError(
+            f"metrics=[{prompted[0]}]: {len(context.prompts)} prompts for the {len(folder)} images "
+            f"in {folder.path}"
+        )
+    prompts = dict(zip(folder.names, context.prompts, strict=True)) if prompted else {}
     for name, metric in made.items():
         metric.reset()
         seconds[name] = 0.0
@@ -84,7 +106,8 @@ def evaluate(
             for name, metric in made.items():
                 start = time.perf_counter()
                 paired = (references[name].load(block).to(device),) if name in references else ()
-                metric.update(batch, *paired)
+                texts = ([prompts[file] for file in block],) if name in prompted else ()
+                metric.update(batch, *paired, *texts)
                 seconds[name] += time.perf_counter() - start
     except UserError as caught:
         error = caught
@@ -96,6 +119,9 @@ def evaluate(
         value = _floats(metric.compute())
         seconds[name] += time.perf_counter() - start
         protocol = getattr(metric, "protocol", {"metric": type(metric).__name__})
+        if name in prompted:
+            digest = hashlib.sha256("\n".join(context.prompts).encode()).hexdigest()
+            protocol = {**protocol, "prompts_sha256": digest}
         results[name] = {
             "value": value,
             "protocol": {**protocol, "images": len(folder)},

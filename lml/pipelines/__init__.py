@@ -1,1 +1,19 @@
-"""What turns seeds into images."""
+"""What turns seeds (and prompts) into images; `find` is where a config becomes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lml.errors import UserError, nearest
+from lml.pipelines import latent, pixel, text
+
+KINDS = {"pixel": pixel, "latent": latent, "text": text}
+
+
+def find(config: Mapping[str, Any]) -> pixel.PixelModel | latent.LatentModel | text.TextModel:
+    """The model that a config of the group `model` describes. UserError when there is none."""
+    kind = config.get("kind", "pixel")
+    if kind not in KINDS:
+        raise UserError(f"model.kind={kind}: unknown; nearest: {nearest(str(kind), KINDS)}")
+    return KINDS[kind].find(config)

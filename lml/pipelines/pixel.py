@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,11 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.utils import logging
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from lml.data.assets import locate
 from lml.errors import UserError
-from lml.instances import make
-
-FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "unet/*.safetensors")  # of a hub model
+from lml.pipelines import loading
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -92,15 +85,56 @@ class PixelModel:
     config: Mapping[str, Any]
     folder: Path | None = None  # of the network; None for networks that are made, not read
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, channels_last: bool = False
+    ) -> nn.Module:
         """The network, ready to be called. UserError when its files don't make one."""
         if self.folder is None:
-            network = _make(self.config["network"], "model.network").to(dtype)
+            network = loading.make_part(self.config["network"], "model.network").to(dtype)
         else:
-            network = _read_network(self.folder, dtype, _key(self.config))
+            key = loading.describe_key(self.config)
+            network = loading.read_network(UNet2DModel, self.folder, dtype, key)
+            if network.class_embedding is not None:
+                raise UserError(f"{key}: conditional on a class; an unconditional model is asked")
         if self.config.get("patch", 1) > 1:
             network = SpaceToDepth(network, self.config["patch"])
-        return network.to(device).eval().requires_grad_(False)
+        return loading.prepare(network, device, channels_last)
+
+    def sampler(
+        self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
+    ) -> PixelSampler:
+        """What makes images with the loaded network."""
+        network = self.load(device, dtype, channels_last)
+        return PixelSampler(torch.compile(network) if compile else network, channels_last)
+
+
+class PixelSampler:
+    """Makes images from seeds with one network.
+
+    `network` is what an evaluation is counted by, `parts` are networks beside it, by what their
+    time is called; `guided` says whether it is called on twice the batch.
+    """
+
+    guided = False
+
+    def __init__(self, network: nn.Module, channels_last: bool):
+        self.network, self.channels_last = network, channels_last
+        self.parts: dict[str, nn.Module] = {}
+
+    def __call__(
+        self,
+        scheduler: SchedulerMixin,
+        steps: int,
+        seeds: Sequence[int],
+        prompts: Sequence[str] | None = None,
+        **step_options: Any,
+    ) -> Tensor:
+        """Images (B, C, H, W) in about [-1, 1], one of each seed."""
+        shape = (self.network.config.in_channels, *size(self.network))
+        noise, generators = draw_noise(seeds, shape)
+        return sample(
+            self.network, scheduler, steps, noise, generators, self.channels_last, **step_options
+        )
 
 
 def find(config: Mapping[str, Any]) -> PixelModel:
@@ -112,137 +146,29 @@ def find(config: Mapping[str, Any]) -> PixelModel:
     """
     if config.get("network"):
         made = {key: config[key] for key in ("network", "scheduler")}
-        return PixelModel(config["name"], made, _make(made["scheduler"], "model.scheduler"), config)
+        scheduler = loading.make_part(made["scheduler"], "model.scheduler")
+        return PixelModel(config["name"], made, scheduler, config)
     patch = config.get("patch", 1)
     if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:
         raise UserError(f"model.patch={patch}: a whole number of at least 1 is asked")
-    root = _folder(config)
-    folder = root / "unet" if (root / "unet").is_dir() else root
-    key = _key(config)
-    channels = _check_architecture(folder, key)
+    root, key = loading.find_folder(config), loading.describe_key(config)
+    folder, channels = find_network(root, key)
     if channels % patch**2:
         raise UserError(
             f"model.patch={patch}: the network's {channels} channels are no multiple of {patch**2}"
         )
-    if config.get("scheduler"):
-        scheduler, schedule = _make(config["scheduler"], "model.scheduler"), config["scheduler"]
-    else:
-        scheduler, schedule = _read_scheduler(root, key)
-    settings = {
-        "network": _fingerprint(folder),
-        "scheduler": {k: v for k, v in schedule.items() if k != "_diffusers_version"},
-        "patch": patch,
-    }
+    scheduler, schedule = loading.read_scheduler(root, key, config)
+    settings = {"network": loading.fingerprint(folder), "scheduler": schedule, "patch": patch}
     return PixelModel(config["name"], settings, scheduler, config, folder)
 
 
-def _key(config: Mapping[str, Any]) -> str:
-    name = "path" if config.get("path") else "hub_id"
-    return f"model.{name}={config.get(name)}"
-
-
-def _folder(config: Mapping[str, Any]) -> Path:
-    if config.get("path"):
-        folder = locate(str(config["path"]))
-        if not folder.is_dir():
-            raise UserError(f"{_key(config)}: no such folder (of diffusers' format)")
-        return folder
-    if not config.get("hub_id"):
-        raise UserError("model.path=null: a folder in diffusers' format is asked, or model.hub_id")
-    try:
-        return Path(
-            snapshot_download(
-                str(config["hub_id"]),
-                revision=config.get("revision"),
-                allow_patterns=FILES,
-            )
-        )
-    except Exception as error:  # the hub's errors and the network's share no base class
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{_key(config)}: cannot be fetched ({reason}); get it elsewhere with "
-            f"`hf download {config['hub_id']} --local-dir FOLDER` and give model.path=FOLDER"
-        ) from None
-
-
-def _check_architecture(folder: Path, key: str) -> int:
-    """The number of channels of the network in `folder`, if it is one of ours."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        name, channels = config["_class_name"], config.get("in_channels", 3)
-    except FileNotFoundError:
-        raise UserError(f"{key}: no UNet2DModel in it (config.json or unet/config.json)") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{key}: {folder / 'config.json'} is not a diffusers config") from None
-    if name != "UNet2DModel":
-        raise UserError(f"{key}: a {name}; a UNet2DModel is asked")
+def find_network(root: Path, key: str) -> tuple[Path, int]:
+    """The folder of the UNet2DModel in `root`, and its number of channels."""
+    folder = root / "unet" if (root / "unet").is_dir() else root
+    channels = loading.read_config(folder, key, ("UNet2DModel",)).get("in_channels", 3)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{key}: no weights in it (diffusion_pytorch_model.safetensors)")
-    return channels
-
-
-def _read_network(folder: Path, dtype: torch.dtype, key: str) -> UNet2DModel:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it warns of is an error here
-    try:
-        network, report = UNet2DModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=dtype,
-            output_loading_info=True,
-        )
-    except Exception as error:  # safetensors, JSON, shape and file errors share no base class
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: the weights cannot be read ({reason})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for name in report.get(problem) or ():
-            reason = problem.replace("_keys", "")
-            raise UserError(f"{key}: the weights are not those of config.json ({reason}: {name})")
-    if network.class_embedding is not None:
-        raise UserError(f"{key}: conditional on a class; an unconditional model is asked")
-    return network
-
-
-def _read_scheduler(root: Path, key: str) -> tuple[SchedulerMixin, dict[str, Any]]:
-    folder = root / "scheduler" if (root / "scheduler").is_dir() else root
-    try:
-        config = json.loads((folder / "scheduler_config.json").read_text())
-        from lml import schedulers
-
-        name = config["_class_name"]
-        home = schedulers if hasattr(schedulers, name) else diffusers
-        return getattr(home, name).from_config(config), config
-    except FileNotFoundError:
-        raise UserError(
-            f"{key}: no scheduler_config.json in it; give the noise schedule as model.scheduler"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{key}: {folder / 'scheduler_config.json'} makes no scheduler ({reason})"
-        ) from None
-
-
-def _make(config: Any, key: str) -> Any:
-    if not isinstance(config, Mapping) or "_target_" not in config:
-        return config
-    return make(config, f"{key}={config['_target_']}")
-
-
-def _fingerprint(folder: Path) -> str:
-    """sha256 of a network's config and weights, wherever they lie."""
-    config = json.loads((folder / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.name.encode())
-        with file.open("rb") as weights:
-            while chunk := weights.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return folder, channels
 
 
 def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
@@ -279,22 +205,9 @@ def sample(
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     x = noise.to(device, torch.promote_types(dtype, torch.float32))
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-    finite = torch.ones(len(scheduler.timesteps), dtype=torch.bool, device=device)
-    for i, t in enumerate(scheduler.timesteps):
-        inputs = scale(x, t).to(dtype, memory_format=memory_format)
-        output = network(inputs, t.to(device), return_dict=False)[0].to(x.dtype)
-        finite[i] = output.isfinite().all()
-        # On an accelerator one look at the end: each look would make the host wait for it.
-        if device.type == "cpu" or i + 1 == len(scheduler.timesteps):
-            _check_finite(finite, scheduler.timesteps)
-        x = scheduler.step(output, t, x, return_dict=False, **step_options)[0]
+    with loading.finite_outputs(network, lambda: scheduler.timesteps):
+        for t in scheduler.timesteps:
+            inputs = scale(x, t).to(dtype, memory_format=memory_format)
+            output = network(inputs, t.to(device), return_dict=False)[0].to(x.dtype)
+            x = scheduler.step(output, t, x, return_dict=False, **step_options)[0]
     return x
-
-
-def _check_finite(finite: Tensor, timesteps: Tensor) -> None:
-    if not finite.all():
-        step = finite.tolist().index(False)
-        raise FloatingPointError(
-            f"the network returned NaN or inf at step {step + 1} of {len(timesteps)}, "
-            f"timestep {timesteps[step].item():g}"
-        )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 from torchmetrics import Metric
 
 from lml.data.images import ImageFolder
+from lml.data.prompts import text
 from lml.data.statistics import make_reference
 from lml.errors import UserError
 from lml.metrics.convergence import Convergence
@@ -40,6 +42,24 @@ class MeanPixel(Metric):
 
     def compute(self):
         return self.total / self.count
+
+
+class Letters(Metric):
+    """Needs prompts: the letters of each, times the first pixel of its image."""
+
+    needs_prompts = True
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, images, prompts):
+        assert isinstance(prompts, list) and len(prompts) == len(images)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self.total += (images[:, 0, 0, 0] * lengths).sum()
+
+    def compute(self):
+        return self.total
 
 
 def write(folder, pixels):
@@ -166,9 +186,72 @@ def test_no_metrics(data):
     assert evaluate(data / "images", {}) == {}
 
 
+def test_prompts_are_those_of_the_images(data):
+    folder = ImageFolder(data / "images")
+    prompts = ["x" * k for k in range(23)]
+    context = Context(batch_size=10, prompts=prompts)
+    results = evaluate(
+        data / "images", {"letters": Letters(), "mean": MeanPixel()}, context=context
+    )
+    pixels = folder.load(folder.names)[:, 0, 0, 0].tolist()
+    assert results["letters"]["value"] == sum(k * pixel for k, pixel in enumerate(pixels))
+    sha256 = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    assert results["letters"]["protocol"]["prompts_sha256"] == sha256
+    assert "prompts_sha256" not in results["mean"]["protocol"]
+
+
+def test_prompts_that_are_missing_or_too_few(data):
+    with pytest.raises(UserError, match=r"^metrics=\[letters\]: needs prompts; give prompts=text"):
+        evaluate(data / "images", {"letters": Letters()})
+    context = Context(prompts=["x"] * 22)
+    with pytest.raises(UserError, match=r"^metrics=\[letters\]: 22 prompts for the 23 images in "):
+        evaluate(data / "images", {"letters": Letters()}, context=context)
+    assert evaluate(data / "images", {"mean": MeanPixel()}, context=context)["mean"]["value"] > 0
+
+
+def test_the_script_finds_prompts(script, data, monkeypatch, tmp_path):
+    """In the run's folder, or in the prompts group; metrics from a module beside the script."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    metric = ["metrics=none", "+metrics.letters._target_=test_evaluate.Letters", "out=scores.json"]
+    (tmp_path / "images").symlink_to(data / "images")
+    arguments = ["evaluate", "images=images", *metric]
+    outcome = script(*arguments)
+    assert outcome.code == 2 and outcome.err.startswith("metrics=[letters]: needs prompts")
+    (tmp_path / "p.txt").write_text("\n".join("x" * (k + 1) for k in range(23)))
+    given = ["prompts=text", "prompts.file=p.txt"]
+    outcome = script(*arguments, *given)
+    assert (outcome.code, outcome.err) == (0, "")
+    first = json.loads((tmp_path / "scores.json").read_text())["letters"]["value"]
+
+    write(
+        tmp_path / "run/images",
+        np.asarray(
+            ImageFolder(data / "images")
+            .load(ImageFolder(data / "images").names)
+            .permute(0, 2, 3, 1)
+        ),
+    )
+    text(tmp_path / "p.txt").save(tmp_path / "run/prompts.jsonl")
+    outcome = script("evaluate", "images=run/images", *metric)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads((tmp_path / "scores.json").read_text())["letters"]["value"] == first
+    (tmp_path / "p.txt").write_text("other\nprompts")
+    outcome = script("evaluate", "images=run/images", *metric, *given)
+    assert outcome.code == 2 and outcome.err.startswith("prompts: images=run/images were made from")
+
+
+def test_a_run_without_prompts_is_told_before_any_image_is_made(script, toy, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    metric = "+metrics.letters._target_=test_evaluate.Letters"
+    outcome = script("sample", *toy, metric, "run_dir=run")
+    assert outcome.code == 2 and outcome.err.startswith("metrics=[letters]: needs prompts")
+    assert outcome.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 WORKER = textwrap.dedent(
     """
     import json, sys
+    from pathlib import Path
     import torch
     import torch.distributed as dist
     from lml.errors import UserError
@@ -179,7 +262,8 @@ WORKER = textwrap.dedent(
     results = []
     for folder, batch_size in json.loads(sys.argv[2]):
         try:
-            context = Context(batch_size=batch_size)
+            prompts = [str(k) * k for k in range(len(list(Path(folder).iterdir())))]
+            context = Context(batch_size=batch_size, prompts=prompts)
             results.append(evaluate(folder, json.loads(sys.argv[1]), context=context))
         except UserError as error:
             results.append(str(error))
@@ -199,12 +283,13 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
     script.write_text(WORKER)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(29500 + os.getpid() % 1000),
         "WORLD_SIZE": "2",
     }
-    arguments = [json.dumps(configs(data)), json.dumps(jobs), str(out)]
+    metrics = {**configs(data), "letters": {"_target_": "test_evaluate.Letters"}}
+    arguments = [json.dumps(metrics), json.dumps(jobs), str(out)]
     workers = [
         subprocess.Popen(
             [sys.executable, str(script), *arguments], env={**environment, "RANK": str(rank)}
@@ -219,7 +304,10 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
     for rank in range(2):
         *results, error = json.loads(Path(f"{out}.{rank}").read_text())
         for result, (folder, batch_size) in zip(results, jobs, strict=False):
-            expected = evaluate(folder, configs(data), context=Context(batch_size=batch_size))
+            prompts = [str(k) * k for k in range(23)]
+            context = Context(batch_size=batch_size, prompts=prompts)
+            mine = {**configs(data), "letters": Letters()}
+            expected = evaluate(folder, mine, context=context)
             for name in expected:
                 assert result[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-6)
                 assert result[name]["protocol"] == expected[name]["protocol"]

@@ -1,0 +1,283 @@
+"""What text-to-image models are asked for: prompt sets, one prompt an image, in a fixed order."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lml.data.assets import locate
+from lml.errors import UserError, nearest
+from lml.instances import make
+
+FILE = "prompts.jsonl"  # in a run's folder
+TABLES = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True, repr=False)
+class PromptSet(Sequence):
+    """Prompt k, `prompts[k]`, is that of image k; a slice is a PromptSet, too.
+
+    `entries` are JSON objects: {"prompt": str} and what else identifies the prompt in `source`.
+    """
+
+    source: str
+    entries: tuple[dict[str, Any], ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: int | slice) -> str | PromptSet:
+        if isinstance(key, slice):
+            return PromptSet(self.source, self.entries[key])
+        return self.entries[key]["prompt"]
+
+    def __iter__(self) -> Iterator[str]:
+        return (entry["prompt"] for entry in self.entries)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        return list(self)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What is saved of each image: its index, its prompt, and where that comes from."""
+        return [{"index": index, **entry} for index, entry in enumerate(self.entries)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the prompts: `sha256` is that of the file that `save` writes."""
+        sha256 = hashlib.sha256(self.to_jsonl().encode()).hexdigest()
+        return {"source": self.source, "count": len(self), "sha256": sha256}
+
+    def take(self, count: int) -> PromptSet:
+        """The first `count` prompts. UserError when there are fewer."""
+        if count > len(self):
+            raise UserError(f"num_images={count}: prompts={self.source} has {len(self)}")
+        return self[:count]
+
+    def to_jsonl(self) -> str:
+        """`records`, one JSON object a line."""
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_jsonl()` as UTF-8, the whole file or none."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.tmp")
+        partial.write_bytes(self.to_jsonl().encode())
+        partial.replace(path)
+
+
+def load(config: Mapping[str, Any] | None) -> PromptSet | None:
+    """The prompts that the config group `prompts` describes; None where it is empty."""
+    if not config:
+        return None
+    prompts = make(config, "prompts")
+    if not isinstance(prompts, PromptSet):
+        raise UserError(f"prompts: a _target_ that makes a PromptSet is asked, not {prompts!r}")
+    return prompts
+
+
+def read(path: str | Path) -> PromptSet:
+    """What `PromptSet.save` wrote. UserError for a file that is anything else."""
+    entries = []
+    for number, record in _read_jsonl(Path(path), str(path)):
+        index, prompt = record.pop("index", None), record.get("prompt")
+        if index != len(entries) or not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{path}: line {number} is not that of prompt {len(entries)}")
+        entries.append(record)
+    return _collect(FILE, entries, str(path))
+
+
+def find(images: str | Path, config: Mapping[str, Any] | None = None) -> list[str] | None:
+    """The prompts of a folder of images: those of the run that made them, else those of `config`.
+
+    None where there are neither. UserError when there are both and they aren't the same.
+    """
+    own, given = Path(images).resolve().parent / FILE, load(config)
+    if not own.is_file():
+        return given and given.texts
+    texts = read(own).texts
+    if given is not None and given.texts != texts:
+        raise UserError(f"prompts: images={images} were made from those in {own}; give no others")
+    return texts
+
+
+# --- sets --------------------------------------------------------------------------------------
+
+
+def text(file: str | Path) -> PromptSet:
+    """One prompt a line, UTF-8. Whitespace around prompts and lines without any don't count."""
+    label = f"prompts.file={file}"
+    lines = _lines(_read(locate(file), label))
+    return _collect("text", ({"prompt": line, "line": n} for n, line in enumerate(lines, 1)), label)
+
+
+def table(file: str | Path, column: str = "prompt") -> PromptSet:
+    """One column of a CSV, TSV (both with a header) or JSONL file, UTF-8; empty cells don't count.
+
+    Cells may be quoted, and then hold separators, quotes and line breaks.
+    """
+    label = f"prompts.file={file}"
+    path = locate(file)
+    if path.suffix.lower() not in TABLES:
+        raise UserError(f"{label}: one of {', '.join(TABLES)} is asked")
+    rows = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
+    entries = []
+    for number, row in rows(path, label):
+        if column not in row:
+            known = nearest(column, map(str, row))
+            raise UserError(f"prompts.column={column}: not in line {number} of {file}; has {known}")
+        if not isinstance(row[column], str):
+            raise UserError(f"prompts.column={column}: no text in line {number} of {file}")
+        entries.append({"prompt": row[column], "line": number})
+    return _collect("table", entries, label)
+
+
+def t2i_compbench(
+    path: str | Path, categories: Sequence[str], samples_per_prompt: int = 10
+) -> PromptSet:
+    """T2I-CompBench's validation prompts (arXiv 2307.06350), each `samples_per_prompt` times.
+
+    `path` is the benchmark's repository, or a folder of CATEGORY_val.txt. The order is category,
+    prompt, sample, as the benchmark's own evaluators need it (lml/export.py).
+    """
+    if not isinstance(samples_per_prompt, int) or samples_per_prompt < 1:
+        raise UserError(
+            f"prompts.samples_per_prompt={samples_per_prompt}: a whole number of at least 1 is "
+            "asked"
+        )
+    folder = locate(path)
+    if (folder / "examples/dataset").is_dir():
+        folder = folder / "examples/dataset"
+    known = [file.name.removesuffix("_val.txt") for file in folder.glob("*_val.txt")]
+    if not known:
+        raise UserError(f"prompts.path={path}: no folder with T2I-CompBench's *_val.txt")
+    entries = []
+    for category in [categories] if isinstance(categories, str) else categories:
+        if category not in known:
+            raise UserError(
+                f"prompts.categories=[{category}]: no {category}_val.txt in {folder}; "
+                f"nearest: {nearest(category, known)}"
+            )
+        file = folder / f"{category}_val.txt"
+        # what follows a tab is a note to its authors
+        lines = [line.split("\t")[0].strip() for line in _lines(_read(file, str(file)))]
+        entries += [
+            {"prompt": line, "category": category, "prompt_index": index, "sample": sample}
+            for index, line in enumerate(filter(None, lines))
+            for sample in range(samples_per_prompt)
+        ]
+    return _collect("t2i_compbench", entries, f"prompts.path={path}")
+
+
+def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSet:
+    """Captions of `count` images of MS-COCO's val2014, one each, from captions_val2014.json.
+
+    The rule, for anybody to repeat: H(text) is the sha256 of `text` in hexadecimal.
+      1. Images are put in the order of H(f"{seed} {image_id}"), and the first `count` are taken.
+      2. Of an image's captions the one of the lowest H(f"{seed} {image_id} {caption_id}") is taken.
+      3. Whitespace in a caption is reduced to single spaces between words.
+    So a smaller `count` is the beginning of a larger one, and every beginning a random choice. The
+    reference set is those same images: `file_name` in the records (lml/export.py builds it).
+    """
+    label = f"prompts.file={file}"
+    content = _read(locate(file), label)
+    try:
+        content = json.loads(content)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        others = [name for i, name in names.items() if name != f"COCO_val2014_{i:012d}.jpg"]
+        captions: dict[int, list[tuple[int, str]]] = {}
+        for annotation in content["annotations"]:
+            if caption := " ".join(annotation["caption"].split()):
+                captions.setdefault(annotation["image_id"], []).append((annotation["id"], caption))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{label}: captions_val2014.json of MS-COCO is asked ({reason})") from None
+    if others:
+        raise UserError(f"{label}: not of val2014, since it has {others[0]}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(captions):
+        raise UserError(f"prompts.count={count}: {label} has captions of {len(captions)} images")
+    if missing := captions.keys() - names.keys():
+        raise UserError(f"{label}: captions of image {min(missing)}, which is not among its images")
+
+    def place(*numbers: int) -> str:
+        return hashlib.sha256(" ".join(map(str, (seed, *numbers))).encode()).hexdigest()
+
+    entries = []
+    for image in sorted(captions, key=place)[:count]:
+        number, caption = min(captions[image], key=lambda one: place(image, one[0]))
+        entries.append(
+            {
+                "prompt": caption,
+                "image_id": image,
+                "caption_id": number,
+                "file_name": names[image],
+            }
+        )
+    return _collect("coco14_30k", entries, label)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _collect(source: str, entries: Iterable[Mapping[str, Any]], label: str) -> PromptSet:
+    """A PromptSet of what has a prompt. UserError, beginning with `label`, when nothing has."""
+    kept = []
+    for entry in entries:
+        if prompt := entry["prompt"].strip():
+            kept.append({**entry, "prompt": prompt})
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # JSON can say these
+                raise UserError(f"{label}: {prompt!r} is not text (half a UTF-16 character)")
+    if not kept:
+        raise UserError(f"{label}: no prompts in it")
+    return PromptSet(source, tuple(kept))
+
+
+def _read(path: Path, label: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{label}: {error.strerror or error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{label}: line {line} is not UTF-8 ({error.reason})") from None
+
+
+def _lines(content: str) -> list[str]:
+    """Lines as editors count them; str.splitlines would break prompts at form feeds and others."""
+    return content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _read_jsonl(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(_read(path, label)), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{label}: line {number} is not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{label}: line {number} is not a JSON object")
+        yield number, value
+
+
+def _read_csv(path: Path, label: str) -> Iterator[tuple[int, dict[str, str]]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    content = io.StringIO(_read(path, label), newline="")
+    reader = csv.reader(content, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        for row in reader:
+            if row:
+                yield reader.line_num, dict(zip(header, row, strict=False))
+    except csv.Error as error:
+        raise UserError(f"{label}: line {reader.line_num}: {error}") from None

@@ -1,0 +1,214 @@
+"""Images in the layouts that other people's tools read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from tqdm import tqdm
+
+from lml.data.images import read
+from lml.data.prompts import FILE, PromptSet, load
+from lml.data.prompts import read as read_prompts
+from lml.errors import UserError
+from lml.instances import make
+from lml.store import file_hash, read_config, read_json
+
+NAME_MAX = 255  # bytes of a file name, on all common file systems
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+
+def export(cfg: DictConfig) -> str:
+    """Do what configs/export.yaml asks for, and return what there is to say of it."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    run_dir, out = config["run_dir"], Path(config["out"])
+    layout = make(config["layout"], "layout")
+    if (run_dir is None) == (not config["prompts"]):
+        raise UserError(f"run_dir={run_dir}: either a run or prompts=NAME is asked")
+    if run_dir is None:
+        prompts = load(config["prompts"])
+    else:
+        read_config(run_dir)
+        if not (Path(run_dir) / FILE).is_file():
+            raise UserError(f"run_dir={run_dir}: has no {FILE}; its images weren't made from any")
+        prompts = read_prompts(Path(run_dir) / FILE)
+    try:
+        return layout.export(prompts, run_dir and Path(run_dir), out)
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error.filename})"
+        raise UserError(f"out={out}: {reason}; the same command goes on") from None
+
+
+# --- T2I-CompBench -----------------------------------------------------------------------------
+
+
+@dataclass
+class T2ICompBench:
+    """OUT/`model`/CATEGORY/`sampler`/samples/{prompt}_{index:06d}.png of a run.
+
+    The evaluators of T2I-CompBench (arXiv 2307.06350; BLIP-VQA, UniDet, CLIPScore, 3-in-1) are
+    given a folder that holds `samples`. They read the prompt back as the name up to the first "_",
+    and sort by what is after it; so an index counts the images of a category, those of one prompt
+    together, and the names hold what `name_of` makes of a prompt. Images are linked, not copied,
+    where the file system can.
+    """
+
+    model: str | None = None
+    sampler: str | None = None
+
+    def export(self, prompts: PromptSet, run_dir: Path | None, out: Path) -> str:
+        """Link the images of the run; those that are there already stay."""
+        if run_dir is None:
+            raise UserError("run_dir=null: layout=t2i_compbench takes the images of a run")
+        manifest = read_json(run_dir / "manifest.json")
+        if not manifest.get("complete"):
+            raise UserError(f"run_dir={run_dir}: not complete; finish the run")
+        if "category" not in prompts.entries[0]:
+            raise UserError(f"run_dir={run_dir}: not made from prompts=t2i_compbench")
+        config = read_config(run_dir)
+        model = self.model or config["model"]["name"]
+        sampler = self.sampler or _name_sampler(config)
+        for key, name in (("model", model), ("sampler", sampler)):
+            if "/" in name:
+                raise UserError(f"layout.{key}={name}: the name of a folder is asked, without '/'")
+        hashes = manifest["images"]
+        if len(hashes) != len(prompts):
+            raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {len(hashes)} images")
+
+        samples = 1 + max(entry["sample"] for entry in prompts.entries)
+        targets, changed = {}, set()
+        for entry, image in zip(prompts.entries, sorted(hashes), strict=True):
+            folder = out / model / entry["category"] / sampler / "samples"
+            index = entry["prompt_index"] * samples + entry["sample"]
+            name, kept = name_of(entry["prompt"], index)
+            changed |= set() if kept else {entry["prompt"]}
+            targets[folder / name] = image
+        for folder in sorted({target.parent for target in targets}):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(folder.iterdir()):
+                if file not in targets:
+                    raise UserError(f"{file}: not of this run, and would be scored; move it away")
+        for target, image in tqdm(targets.items(), unit="image", disable=None):
+            _place(run_dir / "images" / image, target, hashes[image])
+        line = f"{len(targets)} images in {out / model / '*' / sampler / 'samples'}"
+        if changed:
+            line += f"; {len(changed)} prompts changed, since file names can't hold '/' and '_', "
+            line += f"nor more than {NAME_MAX} bytes: {sorted(changed)[0]!r}"
+        return line
+
+
+def name_of(prompt: str, index: int) -> tuple[str, bool]:
+    """An image's file name, and whether the benchmark's evaluators will read the whole prompt.
+
+    "_" would end the prompt and "/" cannot be in a name: both become spaces, as control characters
+    do. A name longer than `NAME_MAX` bytes is cut after a word. The benchmark's own script fails on
+    all of these; none of its prompts has them.
+    """
+    end = f"_{index:06d}.png"
+    text = re.sub(r"[/_\x00-\x1f\x7f]+", " ", prompt).strip()
+    room = NAME_MAX - len(end)
+    if len(text.encode()) > room:
+        cut = text.encode()[: room + 1].decode(errors="ignore")
+        whole = cut.rpartition(" ")[0].strip()
+        text = whole or cut.encode()[:room].decode(errors="ignore")
+    return text + end, text == prompt
+
+
+def _name_sampler(config: dict) -> str:
+    name = f"{config['solver']['name']}-{config['nfe']}"
+    lml = config["lml"]
+    return f"{name}-lml-rank{lml['rank']}-damping{lml['damping']:g}" if lml.get("rank") else name
+
+
+def _place(image: Path, target: Path, sha256: str) -> None:
+    """Link or copy a file, at once or not at all. UserError when something else is there."""
+    if target.exists():
+        if not target.samefile(image) and file_hash(target) != sha256:
+            raise UserError(f"{target}: of another run; choose another out or layout.sampler")
+        return
+    try:
+        os.link(image, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # beside the folder: all that is in it is scored
+        partial = target.parent.with_name(f".{os.getpid()}.tmp")
+        shutil.copyfile(image, partial)
+        partial.replace(target)
+
+
+# --- MS-COCO -----------------------------------------------------------------------------------
+
+
+@dataclass
+class CocoReference:
+    """The images of val2014 (in the folder `images`) that prompts of `coco14_30k` are captions of.
+
+    Each is cropped to the square in its middle, from ((W - s) // 2, (H - s) // 2) with s the
+    shorter side, and resized to `size` by Pillow's Lanczos filter (antialiased; smaller ones are
+    enlarged), as in EDM's dataset_tool (arXiv 2206.00364); grey becomes RGB; PNG. reference.json
+    beside them says so.
+    """
+
+    images: str
+    size: int = 256
+
+    def export(self, prompts: PromptSet, run_dir: Path | None, out: Path) -> str:
+        """Write the images that are missing."""
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise UserError(f"layout.size={self.size}: a whole number of at least 1 is asked")
+        if "file_name" not in prompts.entries[0]:
+            raise UserError(f"prompts={prompts.source}: layout=coco_reference takes coco14_30k")
+        names = [entry["file_name"] for entry in prompts.entries]
+        folder = Path(self.images).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"layout.images={self.images}: no such folder")
+        missing = sorted(set(names) - {file.name for file in folder.iterdir()})
+        if missing:
+            raise UserError(
+                f"layout.images={self.images}: has no {missing[0]}"
+                + (f" (nor {len(missing) - 1} others)" if len(missing) > 1 else "")
+            )
+        targets = {out / f"{Path(name).stem}.png": folder / name for name in names}
+        self._describe(prompts, out, set(targets))
+        with ThreadPoolExecutor() as pool:
+            made = pool.map(self._make, targets.values(), targets)
+            for _ in tqdm(made, total=len(targets), unit="image", disable=None):
+                pass
+        return f"{len(targets)} images of {self.size}x{self.size} pixels in {out}"
+
+    def _describe(self, prompts: PromptSet, out: Path, targets: set[Path]) -> None:
+        rule = {
+            "resize": f"centre crop to the shorter side, Pillow's Lanczos to {self.size}",
+            "images": "MS-COCO val2014",
+            "count": len(targets),
+            "sha256": prompts.settings["sha256"],
+        }
+        about = out / "reference.json"
+        others = set(out.iterdir()) - targets - {about} if out.exists() else set()
+        others = {file for file in others if not file.name.startswith(".")}
+        if others:
+            raise UserError(f"{min(others)}: not of this reference set; move it away")
+        if about.exists() and read_json(about) != rule:
+            raise UserError(f"out={out}: holds another reference set; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps(rule, indent=2) + "\n")
+
+    def _make(self, image: Path, target: Path) -> None:
+        if target.exists():
+            return
+        picture = Image.fromarray(read(image).permute(1, 2, 0).numpy())
+        side = min(picture.size)
+        left, top = ((length - side) // 2 for length in picture.size)
+        picture = picture.crop((left, top, left + side, top + side))
+        partial = target.with_name(f".{target.name}.tmp")
+        picture.resize((self.size, self.size), Image.Resampling.LANCZOS).save(partial, "PNG")
+        partial.replace(target)

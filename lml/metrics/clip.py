@@ -1,0 +1,94 @@
+"""CLIP score: how well an image fits its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lml.data.statistics import describe
+from lml.errors import UserError
+from lml.metrics.networks import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Preprocessing,
+    describe_source,
+    load_network,
+    load_tokenizer,
+    tokenize,
+)
+
+
+class CLIPScore(Metric):
+    """max(100 · mean cos(E_image, E_prompt), 0), in [0, 100] (Hessel et al., arXiv 2104.08718).
+
+    The scale and the maximum over the mean, not over each image, are those of torchmetrics'
+    CLIPScore, and so is the value, but for two things: images are resized by Pillow (OpenAI's own
+    preprocessing), and a prompt that is too long keeps its closing token, where CLIP reads the
+    text's embedding; torchmetrics cuts that off. `model` is a transformers CLIPModel and
+    `tokenizer` its own; `protocol` says after `compute` how many prompts were truncated.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = True
+    needs_prompts = True
+
+    def __init__(self, model: nn.Module, tokenizer: Any, num_images: int = 0, **kwargs):
+        super().__init__(**kwargs)
+        self.model, self.tokenizer, self.num_images = model, tokenizer, num_images
+        self.max_tokens = model.config.text_config.max_position_embeddings
+        size = model.config.vision_config.image_size
+        self.preprocessing = Preprocessing(size, "last", CLIP_MEAN, CLIP_STD)
+        self.protocol = {
+            "extractor": describe(model),
+            "scale": "max(100 * mean cosine, 0)",
+            "resize": str(self.preprocessing),
+            "max_tokens": self.max_tokens,
+            "images_asked": num_images,
+        }
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("count", "truncated"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Add images, uint8 (B, 3, H, W), and their B prompts."""
+        check_pairs(images, prompts, "clip_score")
+        tokens, truncated = tokenize(self.tokenizer, prompts, self.max_tokens)
+        tokens = {name: value.to(images.device) for name, value in tokens.items()}
+        # not get_image_features: what that returns depends on the version of transformers
+        image = self.model.vision_model(pixel_values=self.preprocessing(images)).pooler_output
+        text = self.model.text_model(**tokens).pooler_output
+        image, text = self.model.visual_projection(image), self.model.text_projection(text)
+        self.total += 100 * torch.cosine_similarity(image, text).double().sum()
+        self.count += len(images)
+        self.truncated += truncated
+
+    def compute(self) -> Tensor:
+        """The score, a scalar in [0, 100]; higher is better."""
+        self.protocol["prompts_truncated"] = int(self.truncated)
+        return (self.total / self.count).clamp(min=0)
+
+
+def check_pairs(images: Tensor, prompts: Sequence[str], name: str) -> None:
+    """UserError, naming the metric, unless there is one prompt an image."""
+    if prompts is None or len(prompts) != len(images):
+        count = 0 if prompts is None else len(prompts)
+        raise UserError(f"metrics=[{name}]: {count} prompts for {len(images)} images; one each")
+
+
+def clip_score(
+    model: str | Path = "openai/clip-vit-large-patch14",
+    revision: str | None = None,
+    num_images: int = 30_000,
+) -> CLIPScore:
+    """CLIPScore by the CLIPModel and tokenizer in `model`, a hub id or a folder."""
+    key = "metrics.clip_score.model"
+    network = load_network("CLIPModel", model, revision, key)
+    metric = CLIPScore(network, load_tokenizer(model, revision, key), num_images)
+    metric.protocol["extractor"] |= describe_source(model, revision)
+    return metric

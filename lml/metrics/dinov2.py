@@ -1,0 +1,90 @@
+"""FD-DINOv2: the Fréchet distance on DINOv2's features."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lml.data.assets import locate
+from lml.data.images import ImageFolder
+from lml.data.statistics import ReferenceStatistics
+from lml.errors import UserError
+from lml.metrics.frechet import FrechetDistance
+from lml.metrics.networks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    describe_source,
+    load_network,
+)
+
+
+class DINOv2(nn.Module):
+    """DINOv2's class token after the last layer norm.
+
+    Call: uint8 images (B, 3, H, W) -> float32 features (B, `num_features`). Images are resized to
+    224x224 as by Stein et al. (arXiv 2306.04675) in their code, dgm-eval; `resize` says how.
+    `network` is a transformers Dinov2Model.
+    """
+
+    def __init__(self, network: nn.Module, size: int = 224):
+        super().__init__()
+        self.network = network
+        self.num_features = network.config.hidden_size
+        self.preprocessing = Preprocessing(size, "none", IMAGENET_MEAN, IMAGENET_STD)
+        self.resize = str(self.preprocessing)
+        embeddings = network.embeddings
+        embeddings.interpolate_pos_encoding = partial(_positions, embeddings)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(pixel_values=self.preprocessing(images)).last_hidden_state[:, 0]
+
+
+def _positions(embeddings: nn.Module, tokens: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings for a smaller image than DINOv2 was trained on, as its authors do it.
+
+    They stretch the grid by 0.1 of a patch ("to avoid floating point error"), which transformers
+    does not; published distances are with the stretch.
+    """
+    weights = embeddings.position_embeddings
+    side = round((weights.shape[1] - 1) ** 0.5)
+    grid = [length // embeddings.config.patch_size for length in (height, width)]
+    if grid == [side, side]:
+        return weights
+    positions = nn.functional.interpolate(
+        weights[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2),
+        scale_factor=[(length + 0.1) / side for length in grid],
+        mode="bicubic",
+    )
+    return torch.cat([weights[:, :1], positions.flatten(2).mT], dim=1)
+
+
+def fd_dinov2(
+    reference: str | Path | None,
+    model: str | Path = "facebook/dinov2-large",
+    revision: str | None = None,
+    num_images: int = 50_000,
+) -> FrechetDistance:
+    """FD-DINOv2 to `reference`: statistics that ReferenceStatistics saved, or a folder of images.
+
+    `model` is the Dinov2Model to take features from, a hub id or a folder; ViT-L/14 by default.
+    """
+    prefix = "metrics.fd_dinov2"
+    key = f"{prefix}.reference"
+    if reference is None:
+        raise UserError(f"{key}=null: a folder of images is asked, or an .npz of their statistics")
+    extractor = DINOv2(load_network("Dinov2Model", model, revision, f"{prefix}.model"))
+    if locate(reference).is_dir():
+        folder = ImageFolder(locate(reference))
+        statistics = ReferenceStatistics.compute(folder.batches(50), extractor)
+        statistics.file = folder.path.name
+    else:
+        statistics = ReferenceStatistics.load(reference, key)
+    statistics.check(extractor, key)
+    metric = FrechetDistance(extractor, statistics, num_images)
+    metric.protocol["extractor"] |= describe_source(model, revision)
+    metric.protocol["resize"] = extractor.resize
+    return metric

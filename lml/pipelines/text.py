@@ -1,0 +1,340 @@
+"""Text-to-image models through diffusers' own pipelines, with or without a ControlNet."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from lml.data.images import read
+from lml.errors import UserError
+from lml.pipelines import loading
+
+# They look at finished images or at image prompts, which we have none of.
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+WEIGHTS = (".safetensors", ".bin")
+
+
+@dataclass
+class TextModel:
+    """A text-to-image pipeline that was found, and is not loaded yet.
+
+    `settings` tells it from any other; `scheduler` holds its noise schedule.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    scheduler: SchedulerMixin
+    config: Mapping[str, Any]
+    folder: Path
+    pipeline: type[DiffusionPipeline]
+    controlnet: Path | None = None
+
+    def sampler(
+        self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
+    ) -> TextSampler:
+        """What makes images with the loaded pipeline. UserError when its files don't make one."""
+        config, key = self.config, loading.describe_key(self.config)
+        offload = config.get("cpu_offload")
+        if offload and device.type == "cpu":
+            raise UserError("model.cpu_offload=true: an accelerator is asked to offload from")
+        _be_quiet(self.name)
+        parts = {"scheduler": self.scheduler, **_left_out(self.pipeline)}
+        for name in _networks(self.folder):
+            parts[name] = _read_part(self.folder, name, dtype, key, config)
+        if self.controlnet is not None:
+            control_key = loading.describe_key(config["controlnet"], "model.controlnet")
+            cls = _control_class(self.controlnet, control_key)
+            parts["controlnet"] = loading.read_network(cls, self.controlnet, dtype, control_key)
+        try:
+            pipe = self.pipeline.from_pretrained(self.folder, local_files_only=True, **parts)
+        except Exception as error:  # tokenizers' and diffusers' errors share no base class
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{key}: makes no {self.pipeline.__name__} ({reason})") from None
+        pipe.set_progress_bar_config(disable=True)
+        name = _denoiser(self.folder)
+        for part in {name, "vae"}:
+            loading.prepare(getattr(pipe, part), torch.device("cpu"), channels_last)
+        if config.get("slicing"):
+            pipe.enable_attention_slicing()
+            pipe.vae.enable_slicing()
+        if compile:
+            setattr(pipe, name, torch.compile(getattr(pipe, name)))
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        return TextSampler(pipe, getattr(pipe, name), config)
+
+
+class TextSampler:
+    """Makes images from seeds and prompts; see `lml.pipelines.pixel.PixelSampler`."""
+
+    def __init__(self, pipe: DiffusionPipeline, network: nn.Module, config: Mapping[str, Any]):
+        self.pipe, self.network = pipe, network
+        self.guided = config["guidance_scale"] > 1
+        parts = {"decoder": pipe.vae.decoder, "controlnet": getattr(pipe, "controlnet", None)}
+        parts |= {name: m for name, m in pipe.components.items() if name.startswith("text_encoder")}
+        self.parts = {name: module for name, module in parts.items() if module is not None}
+        self.accepted = inspect.signature(pipe.__call__).parameters
+        self.options = {"guidance_scale": config["guidance_scale"], **(config.get("call") or {})}
+        for key in ("height", "width"):
+            if config.get(key):
+                self.options[key] = config[key]
+        self.negative_prompt = config.get("negative_prompt")
+        for key in [*self.options, *(["negative_prompt"] if self.negative_prompt else [])]:
+            if key not in self.accepted:
+                raise UserError(f"model.{key}: {type(pipe).__name__} takes no such option")
+        if config.get("controlnet"):
+            self.options |= _control_image(config, self.accepted, self.size())
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        side = self.network.config.sample_size
+        if not isinstance(side, int):  # Flux has its size in the pipeline
+            side = getattr(self.pipe, "default_sample_size", 128)
+        default = side * self.pipe.vae_scale_factor
+        return self.options.get("height", default), self.options.get("width", default)
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each text encoder that does not see all of every prompt."""
+        lines = []
+        for name, tokenizer in self.pipe.components.items():
+            if not name.startswith("tokenizer") or tokenizer is None:
+                continue
+            limit = tokenizer.model_max_length
+            if type(tokenizer).__name__.startswith("T5"):
+                asked = self.options.get("max_sequence_length")
+                limit = asked or self.accepted["max_sequence_length"].default
+            lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+            if long := sum(length > limit for length in lengths):
+                lines.append(
+                    f"{long} of {len(lengths)} prompts are cut at the {limit} tokens of {name}; "
+                    f"the longest has {max(lengths)}"
+                )
+        return lines
+
+    def __call__(
+        self,
+        scheduler: SchedulerMixin,
+        steps: int,
+        seeds: Sequence[int],
+        prompts: Sequence[str] | None = None,
+        **step_options: Any,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], one of each seed and prompt."""
+        options = {**self.options, **self._step_options(scheduler, step_options)}
+        if self.negative_prompt:
+            options["negative_prompt"] = [self.negative_prompt] * len(prompts)
+        self.pipe.scheduler = scheduler
+        with loading.finite_outputs(self.network, lambda: scheduler.timesteps):
+            images = self.pipe(
+                prompt=list(prompts),
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+                **options,
+            ).images
+        return 2 * images.float() - 1
+
+    def _step_options(self, scheduler: SchedulerMixin, options: dict) -> dict[str, Any]:
+        passed = {}
+        for key, value in options.items():
+            if key in self.accepted:
+                passed[key] = value
+            elif value != inspect.signature(scheduler.step).parameters[key].default:
+                raise UserError(
+                    f"solver.step.{key}={value}: {type(self.pipe).__name__} does not pass it on"
+                )
+        return passed
+
+
+def find(config: Mapping[str, Any]) -> TextModel:
+    """The pipeline that `path`, or `hub_id` at `revision`, holds, with `controlnet` if any.
+
+    UserError when there is none, or for an option out of its range.
+    """
+    _check(config)
+    key = loading.describe_key(config)
+    root = loading.find_folder(
+        config,
+        download=DiffusionPipeline.download,
+        variant=config.get("variant"),
+        use_safetensors=config.get("use_safetensors", True),
+    )
+    index = _read_index(root, key)
+    name, control, settings = index["_class_name"], None, {}
+    if config.get("controlnet"):
+        control_key = loading.describe_key(config["controlnet"], "model.controlnet")
+        control = loading.find_folder(config["controlnet"], "model.controlnet")
+        _control_class(control, control_key)
+        name = name.replace("Pipeline", "ControlNetPipeline")
+        settings["controlnet"] = loading.fingerprint(control)
+        settings["control_image"] = _image_hash(config.get("control_image"))
+    pipeline = getattr(diffusers, name, None)
+    if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
+        raise UserError(f"{key}: a {name}, which diffusers has not got")
+    missing = [part for part in ("vae",) if part not in index]
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters or missing:
+        raise UserError(f"{key}: a {name}; a pipeline from text to images is asked")
+    scheduler, schedule = loading.read_scheduler(root, key, config)
+    options = ("guidance_scale", "negative_prompt", "height", "width", "call", "variant")
+    settings |= {
+        "networks": {part: _fingerprint(root / part, key, config) for part in _networks(root)},
+        "tokenizers": _tokenizers_hash(root, index, key),
+        "scheduler": schedule,
+        **{option: config.get(option) for option in options},
+    }
+    return TextModel(config["name"], settings, scheduler, config, root, pipeline, control)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    scale = config["guidance_scale"]
+    real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not real or not math.isfinite(scale) or scale < 0:
+        raise UserError(f"model.guidance_scale={scale}: a number of at least 0 is asked")
+    for key in ("height", "width"):
+        value = config.get(key)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value > 0 and value % 8 == 0):
+            raise UserError(f"model.{key}={value}: a multiple of 8 pixels is asked")
+    for key in ("cpu_offload", "slicing", "use_safetensors"):
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"model.{key}={config[key]}: true or false is asked")
+
+
+def _read_index(root: Path, key: str) -> dict[str, Any]:
+    try:
+        index = json.loads((root / "model_index.json").read_text())
+        index["_class_name"].endswith("Pipeline")
+    except FileNotFoundError:
+        raise UserError(f"{key}: no pipeline in it (model_index.json)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{key}: {root / 'model_index.json'} describes no pipeline") from None
+    return index
+
+
+def _networks(root: Path) -> dict[str, tuple[str, str]]:
+    """(library, class) of each part of a pipeline that holds weights and is used."""
+    index = json.loads((root / "model_index.json").read_text())
+    return {
+        name: tuple(value)
+        for name, value in index.items()
+        if isinstance(value, list)
+        and value[0] in ("diffusers", "transformers")
+        and name not in LEFT_OUT
+        and "Tokenizer" not in value[1]
+        and "Scheduler" not in value[1]
+    }
+
+
+def _denoiser(root: Path) -> str:
+    return "unet" if "unet" in _networks(root) else "transformer"
+
+
+def _be_quiet(name: str) -> None:
+    """No bars while loading, and no warning of a cut prompt at every batch: `cut` says it once."""
+    try:
+        from transformers.utils import logging as transformers_logging
+    except ImportError:
+        raise UserError(f"model={name}: needs transformers: `pip install -e '.[text]'`") from None
+
+    for module in (logging, transformers_logging):
+        module.disable_progress_bar()
+        module.set_verbosity_error()
+
+
+def _left_out(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
+    taken = inspect.signature(pipeline.__init__).parameters
+    left = {name: None for name in LEFT_OUT if name in taken}
+    return left | ({"requires_safety_checker": False} if "requires_safety_checker" in taken else {})
+
+
+def _read_part(
+    root: Path, name: str, dtype: torch.dtype, key: str, config: Mapping[str, Any]
+) -> nn.Module:
+    library, class_name = _networks(root)[name]
+    try:
+        cls = getattr(importlib.import_module(library), class_name)
+    except ImportError:
+        raise UserError(f"{key}: its {name} needs {library}: `pip install -e '.[text]'`") from None
+    except AttributeError:
+        raise UserError(f"{key}: its {name} is a {class_name}, unknown to {library}") from None
+    options = {"variant": config.get("variant"), "use_safetensors": _safe(config)}
+    return loading.read_network(cls, root / name, dtype, f"{key}: {name}", **options)
+
+
+def _safe(config: Mapping[str, Any]) -> bool | None:
+    # None: safetensors where there are some
+    return True if config.get("use_safetensors", True) else None
+
+
+def _fingerprint(folder: Path, key: str, config: Mapping[str, Any]) -> str:
+    suffixes = WEIGHTS[: 1 if _safe(config) else 2]
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: no {folder.name}/config.json in it")
+    if not any(file.suffix in suffixes for file in folder.iterdir()):
+        raise UserError(
+            f"{key}: no weights in {folder.name} ({' or '.join(suffixes)}; others only with "
+            "model.use_safetensors=false)"
+        )
+    return loading.fingerprint(folder, suffixes)
+
+
+def _tokenizers_hash(root: Path, index: Mapping[str, Any], key: str) -> str:
+    digest = hashlib.sha256()
+    for part, value in index.items():
+        if not isinstance(value, list) or "Tokenizer" not in str(value[1]):
+            continue
+        if not (root / part).is_dir():
+            raise UserError(f"{key}: no {part} in it")
+        for file in sorted(file for file in (root / part).iterdir() if file.is_file()):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _control_class(folder: Path, key: str) -> type:
+    names = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel")
+    return getattr(diffusers, loading.read_config(folder, key, names)["_class_name"])
+
+
+def _image_hash(path: str | None) -> str:
+    return hashlib.sha256(_read_control(path).numpy().tobytes()).hexdigest()
+
+
+def _read_control(path: str | None) -> Tensor:
+    if path is None:
+        raise UserError("model.control_image=null: the image that the ControlNet follows is asked")
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"model.control_image={path}: no such file")
+    try:
+        return read(Path(path).expanduser())
+    except UserError as error:
+        raise UserError(f"model.control_image={error}") from None
+
+
+def _control_image(
+    config: Mapping[str, Any], accepted: Mapping[str, Any], size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The option of the pipeline's call that holds the control image, (1, 3, H, W) in [0, 1]."""
+    image = _read_control(config["control_image"])
+    if tuple(image.shape[1:]) != size:
+        (height, width), (h, w) = size, image.shape[1:]
+        raise UserError(
+            f"model.control_image={config['control_image']}: {w}x{h} pixels; the images have "
+            f"{width}x{height} (model.width, model.height)"
+        )
+    name = "control_image" if "control_image" in accepted else "image"
+    return {name: image[None].float() / 255}

@@ -1,0 +1,26 @@
+"""Lay images out as others expect them: `python scripts/export.py layout=NAME out=FOLDER ...`.
+
+`layout=t2i_compbench run_dir=FOLDER`: a run, for T2I-CompBench's own evaluators.
+`layout=coco_reference layout.images=val2014 run_dir=FOLDER`: the images that its captions are of.
+Started again, it makes what is missing.
+"""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
+
+from lml.cli import main
+
+
+@main("export")
+def script(cfg: DictConfig) -> None:
+    from lml.export import export
+
+    print(export(cfg))
+
+
+if __name__ == "__main__":
+    script()
