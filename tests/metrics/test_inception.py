@@ -63,13 +63,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """What TORCH_HOME is in this module, so that nothing is kept from another run."""
-    path = tmp_path_factory.mktemp("torch")
-    before = os.environ.get("TORCH_HOME")
-    os.environ["TORCH_HOME"] = str(path)
-    yield path
-    os.environ.pop("TORCH_HOME")
-    if before is not None:
-        os.environ["TORCH_HOME"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("torch")
+        patch.setenv("TORCH_HOME", str(path))
+        yield path
 
 
 def configs(data, *names):
