@@ -395,7 +395,7 @@ def evaluator_speed(num_images: int, turns: int) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         folder, hub = Path(folder), torch.hub.get_dir()
-        sets = {"images": num_images, "reference": max(num_images // 2, 8), "few": 8}
+        sets = {"images": num_images, "reference": max(num_images // 2, 10), "few": 10}
         generator = torch.Generator().manual_seed(0)
         for seed, (name, count) in enumerate(sets.items()):
             coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)

@@ -21,6 +21,15 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # pytest-xdist runs a process a core
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """TORCH_HOME, where statistics of reference sets are kept, is empty and gone afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("torch")
+        patch.setenv("TORCH_HOME", str(path))
+        yield path
+
+
 @pytest.fixture(scope="session")
 def tiny_unet() -> Callable[..., UNet2DModel]:
     """`tiny_unet(**options)` makes a random UNet2DModel of a few thousand parameters."""

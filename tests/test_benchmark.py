@@ -120,7 +120,7 @@ def test_change_of_fd_cifar(tmp_path, tiny_unet):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_evaluators_against_torch_fidelity():
-    fid, four, difference = benchmark.evaluator_speed(num_images=4, turns=1)
+    fid, four, difference = benchmark.evaluator_speed(num_images=10, turns=1)
     assert fid.value > 0 and four.value > fid.value
     assert difference.value <= 1e-6 and difference.met
 

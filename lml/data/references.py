@@ -165,15 +165,6 @@ class Reference:
         path = getattr(self.images, "path", None)
         self.source = str(path.resolve()) if path else self.spec
 
-    @classmethod
-    def shared(cls, spec: str | Path, extractor: nn.Module, key: str) -> Reference:
-        """The one that is there already, if its source is as it was; so metrics compute it once."""
-        made = cls(spec, extractor, key)
-        if made.images is None:
-            return made
-        token = (made.source, made.stamp, id(extractor))
-        return _alive.setdefault(token, made)
-
     def describe(self) -> dict:
         """What a metric's protocol says of it; without the count before it is computed."""
         statistics, facts = self._statistics, {}
@@ -237,6 +228,19 @@ class Reference:
             "stamp": self.stamp,
         }
         return made
+
+
+def find_reference(spec: str | Path | None, extractor: nn.Module, key: str) -> Reference:
+    """The reference set of this name; metrics with the same extractor share it while it lasts.
+
+    So it is computed once for all of them. UserError, naming `key`, without one.
+    """
+    if spec is None:
+        raise UserError(f"{key}=null: {KINDS} is asked; reference= sets it for all metrics")
+    made = Reference(spec, extractor, key)
+    if made.images is None:
+        return made
+    return _alive.setdefault((made.source, made.stamp, id(extractor)), made)
 
 
 def check_size(images: Tensor, reference: Reference | ReferenceStatistics) -> None:

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lml.data.assets import locate
-from lml.data.images import ImageFolder
+from lml.data.references import Reference, find_reference
 from lml.data.statistics import describe
-from lml.errors import UserError
 from lml.metrics.networks import (
     CLIP_MEAN,
     CLIP_STD,
@@ -68,10 +66,10 @@ def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 class CMMD(Metric):
-    """CMMD to the images in a folder, by `embedding` (Jayasumana et al., arXiv 2401.09603).
+    """CMMD to a reference set, by `embedding` (Jayasumana et al., arXiv 2401.09603).
 
-    Keeps an embedding of every image: 3 kB each for ViT-L, 92 MB for 30,000. Those of `reference`
-    are taken on the metric's device when they are first needed.
+    Keeps an embedding of every image: 3 kB each for ViT-L, 92 MB for 30,000, and as much for the
+    reference.
     """
 
     is_differentiable = False
@@ -79,33 +77,33 @@ class CMMD(Metric):
     higher_is_better = False
 
     def __init__(
-        self, embedding: CLIPEmbedding, reference: ImageFolder, num_images: int = 0, **kwargs
+        self, embedding: CLIPEmbedding, reference: Reference, num_images: int = 0, **kwargs
     ):
         super().__init__(**kwargs)
-        self.embedding, self.reference, self.num_images = embedding, reference, num_images
+        self.embedding = embedding.eval().requires_grad_(False)
+        self.reference, self.num_images = reference, num_images
         self.protocol = {
             "extractor": describe(embedding),
             "resize": embedding.resize,
             "kernel": f"Gaussian, sigma {SIGMA:g}, times {SCALE:g}, biased",
             "images_asked": num_images,
-            "reference": {"folder": reference.path.name, "count": len(reference)},
+            "reference": reference.describe(),
         }
-        self._reference_embeddings = None
         self.add_state("embeddings", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
+        self.reference.statistics()  # before the images, so that a broken one costs no time
         # flat, because torchmetrics sends a flat tensor for a process that has no images
         self.embeddings.append(self.embedding(images).flatten())
 
     @torch.no_grad()
     def compute(self) -> Tensor:
         """The distance, a float64 scalar ≥ 0 up to rounding; lower is better."""
-        if self._reference_embeddings is None:
-            batches = (batch.to(self.device) for batch in self.reference.batches(50))
-            self._reference_embeddings = torch.cat([self.embedding(batch) for batch in batches])
+        reference = self.reference.statistics().features
+        self.protocol["reference"] = self.reference.describe()
         embeddings = dim_zero_cat(self.embeddings).unflatten(0, (-1, self.embedding.num_features))
-        return mmd(embeddings, self._reference_embeddings.to(embeddings.device))
+        return mmd(embeddings, reference.to(embeddings.device))
 
 
 def cmmd(
@@ -114,13 +112,12 @@ def cmmd(
     revision: str | None = None,
     num_images: int = 30_000,
 ) -> CMMD:
-    """CMMD to the images in the folder `reference`, by the CLIP in `model` (hub id or folder)."""
+    """CMMD to the images of `reference` (see lml.data.references), by the CLIP in `model`."""
     prefix = "metrics.cmmd"
-    if reference is None or not locate(reference).is_dir():
-        raise UserError(f"{prefix}.reference={reference}: a folder of images is asked")
-    folder = ImageFolder(locate(reference))
     kind, key = "CLIPVisionModelWithProjection", f"{prefix}.model"
     embedding = CLIPEmbedding(load_network(kind, model, revision, key, pickled=True))
-    metric = CMMD(embedding, folder, num_images)
+    source = find_reference(reference, embedding, f"{prefix}.reference")
+    source.need_features(f"{prefix}.reference")
+    metric = CMMD(embedding, source, num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)
     return metric

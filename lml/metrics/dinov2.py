@@ -8,10 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lml.data.assets import locate
-from lml.data.images import ImageFolder
-from lml.data.statistics import ReferenceStatistics
-from lml.errors import UserError
+from lml.data.references import find_reference
 from lml.metrics.frechet import FrechetDistance
 from lml.metrics.networks import (
     IMAGENET_MEAN,
@@ -68,23 +65,13 @@ def fd_dinov2(
     revision: str | None = None,
     num_images: int = 50_000,
 ) -> FrechetDistance:
-    """FD-DINOv2 to `reference`: statistics that ReferenceStatistics saved, or a folder of images.
+    """FD-DINOv2 to `reference`: a folder of images, or what else lml.data.references knows.
 
     `model` is the Dinov2Model to take features from, a hub id or a folder; ViT-L/14 by default.
     """
     prefix = "metrics.fd_dinov2"
-    key = f"{prefix}.reference"
-    if reference is None:
-        raise UserError(f"{key}=null: a folder of images is asked, or an .npz of their statistics")
     extractor = DINOv2(load_network("Dinov2Model", model, revision, f"{prefix}.model"))
-    if locate(reference).is_dir():
-        folder = ImageFolder(locate(reference))
-        statistics = ReferenceStatistics.compute(folder.batches(50), extractor)
-        statistics.file = folder.path.name
-    else:
-        statistics = ReferenceStatistics.load(reference, key)
-    statistics.check(extractor, key)
-    metric = FrechetDistance(extractor, statistics, num_images)
+    source = find_reference(reference, extractor, f"{prefix}.reference")
+    metric = FrechetDistance(extractor, source, num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)
-    metric.protocol["resize"] = extractor.resize
     return metric

@@ -66,6 +66,7 @@ class FrechetDistance(torchmetrics.Metric):
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
         check_size(images, self.reference)
+        self._reference_statistics()  # before the images, so that a broken reference costs no time
         features = self.extractor(images).double()
         self.total += features.sum(0)
         self.products += features.T @ features
@@ -75,10 +76,8 @@ class FrechetDistance(torchmetrics.Metric):
         """The distance, a float64 scalar ≥ 0 up to rounding."""
         if self.count < 2:
             raise UserError(f"num_images={self.count}: a Fréchet distance needs at least 2 images")
-        reference = self.reference
-        if isinstance(reference, Reference):
-            reference = reference.statistics()
-            self.protocol["reference"] = self.reference.describe()
+        reference = self._reference_statistics()
+        self.protocol["reference"] = self.reference.describe()
         ours = mean_and_covariance(int(self.count), self.total.cpu(), self.products.cpu())
         ours, theirs = (
             {"mu": mu.numpy(), "sigma": sigma.numpy()}
@@ -86,6 +85,10 @@ class FrechetDistance(torchmetrics.Metric):
         )
         distance = fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID]
         return torch.tensor(distance, dtype=torch.float64)
+
+    def _reference_statistics(self) -> ReferenceStatistics:
+        known = isinstance(self.reference, ReferenceStatistics)
+        return self.reference if known else self.reference.statistics()
 
 
 def load_features(path: str | Path, key: str = "features") -> FeatureNetwork:

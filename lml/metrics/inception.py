@@ -27,7 +27,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lml.data.assets import locate
-from lml.data.references import KINDS, Reference, check_size
+from lml.data.references import check_size, find_reference
 from lml.data.statistics import describe
 from lml.errors import UserError
 from lml.metrics.frechet import FrechetDistance
@@ -152,13 +152,6 @@ def find_weights(weights: str | Path | None, key: str) -> Path:
     return path
 
 
-def find_reference(reference: str | Path | None, network: InceptionV3, key: str) -> Reference:
-    """The reference set of this name, which metrics share. UserError without one."""
-    if reference is None:
-        raise UserError(f"{key}.reference=null: {KINDS} is asked; reference= sets it for all")
-    return Reference.shared(reference, network, f"{key}.reference")
-
-
 class FID(FrechetDistance):
     """Fréchet Inception Distance (Heusel et al., arXiv 1706.08500).
 
@@ -175,9 +168,8 @@ class FID(FrechetDistance):
         **kwargs,
     ):
         network = load_inception(weights, "metrics.fid")
-        super().__init__(
-            network, find_reference(reference, network, "metrics.fid"), num_images, **kwargs
-        )
+        source = find_reference(reference, network, "metrics.fid.reference")
+        super().__init__(network, source, num_images, **kwargs)
 
 
 class _EveryImage(torchmetrics.Metric):
@@ -240,13 +232,14 @@ class _Compared(_EveryImage):
         network = load_inception(weights, key)
         super().__init__(network, network.num_features, num_images, **kwargs)
         self.key = key
-        self.reference = find_reference(reference, network, key)
+        self.reference = find_reference(reference, network, f"{key}.reference")
         self.reference.need_features(f"{key}.reference")
         self.protocol["reference"] = self.reference.describe()
 
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
         check_size(images, self.reference)
+        self.reference.statistics()  # before the images, so that a broken one costs no time
         self.add(self.extractor(images))
 
     def both(self, least: int, why: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lml.data import cifar10, references
 from lml.data.images import ImageFolder
-from lml.data.references import Reference, open_images
+from lml.data.references import Reference, find_reference, open_images
 from lml.data.statistics import ReferenceStatistics, weights_sha256
 from lml.errors import UserError
 
@@ -169,13 +169,13 @@ def test_features_are_kept_when_they_are_needed(folder, pixels):
 
 def test_metrics_share_what_they_compute(folder, pixels):
     extractor = Means()
-    one, two = (Reference.shared(folder, extractor, "key") for _ in range(2))
+    one, two = (find_reference(folder, extractor, "key") for _ in range(2))
     two.need_features()
     assert_statistics(one.statistics(), expected(pixels))
     assert two.statistics().features is not None and extractor.calls == 1
-    assert Reference.shared(folder, Means(), "key") is not one
+    assert find_reference(folder, Means(), "key") is not one
     write(folder, 255 - pixels)
-    changed = Reference.shared(folder, extractor, "key")
+    changed = find_reference(folder, extractor, "key")
     assert_statistics(changed.statistics(), expected(255 - pixels))
 
 

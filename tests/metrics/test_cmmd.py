@@ -8,6 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
+from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.metrics import cmmd as module
 from lml.metrics.cmmd import cmmd, mmd
@@ -94,18 +95,22 @@ def test_from_images_to_the_distance(tiny_configs, clip_folder, pictures):
     assert values == pytest.approx([expected] * 2, abs=1e-5)
 
     protocol = dict(metric.protocol)
-    extractor = protocol.pop("extractor")
+    extractor, reference_of = protocol.pop("extractor"), protocol.pop("reference")
     assert (extractor["name"], extractor["source"]) == ("CLIPEmbedding", "clip")
     assert protocol == {
         "resize": "central square, then resized, to 32x32 (Pillow, bicubic, uint8)",
         "kernel": "Gaussian, sigma 10, times 1000, biased",
         "images_asked": 30_000,
-        "reference": {"folder": "reference", "count": 9},
     }
+    assert reference_of["source"] == str(pictures.reference) and reference_of["count"] == 9
     assert metric.num_images == 30_000
 
 
-@pytest.mark.parametrize("reference", [None, "nowhere"])
-def test_references_that_are_none(clip_folder, reference):
-    with pytest.raises(UserError, match=rf"^metrics\.cmmd\.reference={reference}: a folder"):
-        cmmd(reference, clip_folder)
+def test_references_that_are_none(clip_folder):
+    for reference, message in (
+        (None, "null: a folder of images"),
+        ("nowhere", "nowhere: not there; a folder of images"),
+        (ROOT / "assets/fd_cifar.npz", "fd_cifar.npz: statistics of 256 features"),
+    ):
+        with pytest.raises(UserError, match=rf"^metrics\.cmmd\.reference=.*{message}"):
+            cmmd(reference, clip_folder)
