@@ -97,7 +97,10 @@ def _run(task: Callable[[DictConfig], None], config_name: str) -> int:
         with _launchers(failed):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
-        say(str(interruption))
+        # torchrun ends the others as soon as one has ended, which may cut short the way out of an
+        # error that is still to be told.
+        cause = interruption.__context__
+        say(_explain(cause) if isinstance(cause, UserError) else str(interruption))
         return interruption.exit_code
     except Exception as error:
         expected = isinstance(error, (UserError, HydraException, OmegaConfBaseException))

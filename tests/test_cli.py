@@ -104,6 +104,18 @@ def test_interrupted_outside_of_sampling(script, toy, monkeypatch):
     assert (outcome.code, outcome.err) == (143, "interrupted\n")
 
 
+def test_an_error_is_told_even_when_its_way_out_is_cut_short(script, toy, monkeypatch):
+    def run(cfg, observer=None):
+        try:
+            raise UserError("nfe=0: what went wrong")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "run", run)
+    outcome = script("sample", *toy)
+    assert (outcome.code, outcome.err) == (143, "nfe=0: what went wrong\n")
+
+
 def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monkeypatch):
     write_manifest = runner.RunFolder.write_manifest
 
