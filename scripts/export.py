@@ -10,7 +10,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone runs without being installed
+# A clone runs without being installed; and these scripts must not hide modules of the same name.
+ROOT = Path(__file__).parents[1]
+sys.path = [str(ROOT), *(path for path in sys.path if Path(path) != ROOT / "scripts")]
 
 from lml.cli import main
 

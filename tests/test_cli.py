@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
+import sys
 
 import pytest
 
 from lml import cli, runner, tracking
+from lml.data.assets import ROOT
 from lml.errors import UserError
 
 
@@ -198,3 +201,11 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch, capfd)
     progress.update(10)
     progress.close()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts").glob("*.py")), ids=lambda f: f.stem)
+def test_scripts_hide_no_module_of_their_name(monkeypatch, file):
+    """torch.compile imports `tabulate`; Python puts a script's folder before everything else."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    runpy.run_path(str(file), run_name="imported")
+    assert str(ROOT / "scripts") not in sys.path and sys.path[0] == str(ROOT)
