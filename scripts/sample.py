@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 # A clone runs without being installed; and these scripts must not hide modules of the same name.
-sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
+if (scripts := str(Path(__file__).parent)) in sys.path:
+    sys.path.remove(scripts)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lml.cli import main
