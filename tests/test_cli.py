@@ -46,6 +46,7 @@ def test_a_value_error_of_ours_is_no_users_error(script, toy, crash):
 
 @pytest.mark.parametrize("arguments", [["lml.damping=-1"], ["solver=dimm"]])
 def test_every_traceback_on_demand(script, toy, monkeypatch, arguments):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # so that it is as it was in the end
     monkeypatch.setattr(monkeypatch, "setenv", lambda *_: os.environ.update(HYDRA_FULL_ERROR="1"))
     with pytest.raises(Exception, match=r"damping|dimm"):
         script("sample", *toy, *arguments)

@@ -429,12 +429,20 @@ def test_a_reference_that_another_process_is_making_is_waited_for(script, toy, t
     metric = ["metrics=[convergence]", "metrics.convergence.nfe=20"]
     assert script("sample", *toy, *metric, "run_dir=a").code == 0
     (reference,) = (tmp_path / "outputs/reference").iterdir()
-    lock = FileLock(reference / ".lock", thread_local=False)
-    lock.acquire()
-    timer = threading.Timer(1.0, lock.release)
-    timer.start()
+    held, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with FileLock(reference / ".lock"):
+            held.set()
+            time.sleep(1)
+            released.set()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
     outcome = script("sample", *toy, *metric, "lml.rank=1", "run_dir=b")
-    assert (outcome.code, outcome.err) == (0, "") and not lock.is_locked
+    assert (outcome.code, outcome.err) == (0, "") and released.is_set()
+    holder.join()
     with FileLock(tmp_path / "b/.lock"):
         outcome = script("sample", *toy, "lml.rank=1", "run_dir=b")
     assert outcome.code == 2 and "another process is writing to it" in outcome.err
