@@ -196,7 +196,7 @@ class _Sweeper:
         choices, options = config.hydra.runtime.choices, config.hydra.sweeper
         base = OmegaConf.to_container(_without_hydra(config), resolve=True)
         self.is_grid = choices["hydra/sweeper"] == "basic"
-        if not self.is_grid and not base["sweep"]:
+        if not self.is_grid and not base.get("sweep"):
             name = choices["hydra/sweeper"]
             raise UserError(f"hydra/sweeper={name}: sweep=NAME says what is searched for")
         local = choices["hydra/launcher"] == "basic"

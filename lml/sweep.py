@@ -287,8 +287,9 @@ class Sweep:
         seconds = self._seconds(cells, work)
         if seconds is None:
             return "in a time that is not known yet"
-        each = "" if self.local else " in one process"
-        return f"about {_duration(seconds)}{each} at {sum(work) / seconds:,.0f} evaluations/s"
+        each, rate = "" if self.local else " in one process", sum(work) / seconds
+        rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"about {_duration(seconds)}{each} at {rate} evaluations/s"
 
     def _seconds(self, cells: Sequence[Cell], work: Sequence[int]) -> float | None:
         """How long so many evaluations of each cell take; None when that is not known."""
@@ -480,8 +481,6 @@ def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            number = seconds / length
-            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
