@@ -1,0 +1,164 @@
+"""Tables as Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lml.report.labels import OFF
+from lml.report.results import is_timing
+from lml.report.tables import Group, Table, change, describe, name, varying
+
+Text = tuple[str, bool]  # of a cell, and whether it is bold
+
+
+def _cells(table: Table) -> tuple[list[str], list[list[Text]]]:
+    """Header and rows; the numbers are in the columns of the evaluations."""
+    keys, bold = varying(table.groups), table.bold()
+    header = [*keys, "solver", "grid", "LML", *map(str, table.nfes), "paper"]
+    lines = []
+    for row, entries in table.rows.items():
+        line = [(text, False) for text in (*describe(row.group, keys), *row[1:])]
+        for nfe in table.nfes:
+            entry, base = entries.get(nfe), table.base(row, nfe)
+            text = "" if entry is None else str(entry)
+            gain = change(entry, base) if entry and base else ""
+            line.append((f"{text} ({gain})" if gain else text, (row, nfe) in bold))
+        lines.append([*line, ("", False)])
+    return header, lines
+
+
+def markdown(table: Table, commands: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """The table in Markdown; under it the protocol, the best with and without LML, and notes."""
+    header, lines = _cells(table)
+    marks = ["---:" if text.isdecimal() else "---" for text in header]
+    text = [_line(header), _line(marks)]
+    text += [_line(f"**{cell}**" if bold else cell for cell, bold in line) for line in lines]
+    text += ["", _caption(table), "", *(f"`{command}`  " for command in commands)]
+    if contest := list(_contest(table)):
+        keys = varying(table.groups)
+        columns = [*keys, "evaluations", "best without LML", "best with LML", "change"]
+        text += ["", _line(columns), _line(["---"] * len(columns)), *map(_line, contest)]
+        counts = Counter(row.lml == OFF for row in table.rows)
+        text += [
+            "",
+            f"The best of {counts[True]} settings without LML and of {counts[False]} with it, "
+            "chosen by these very numbers; the change bold where it exceeds both spreads.",
+        ]
+    if everything := [*table.notes, *notes]:
+        text += ["", *(f"- {note}" for note in dict.fromkeys(everything))]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def _line(cells: Iterator[str] | Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _caption(table: Table) -> str:
+    groups = table.groups
+    keys = [key for key in Group._fields if key not in varying(groups)]
+    plain = {key: next(filter(None, (getattr(g, key) for g in groups)), "") for key in keys}
+    words = {
+        "model": "model {}",
+        "weights": "weights {}",
+        "images": "{} images",
+    }
+    known = [key for key in keys if key != "protocol" and plain[key]]
+    shared = [words.get(key, "{}").format(plain[key]) for key in known]
+    entries = [e for columns in table.rows.values() for e in columns.values() if e.values]
+    counts = sorted({len(entry.values) for entry in entries})
+    seeds = sorted({seed for entry in entries for seed in entry.values})
+    many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    better = "higher" if table.higher else "lower"
+    unit = ", ms per image and evaluation" if _is_milliseconds(table.metric) else ""
+    lines = [
+        f"{table.metric} ({better} is better{unit}) by network evaluations; "
+        f"{', '.join(shared)}; {many} seed(s) a cell ({', '.join(map(str, seeds))}). "
+        "Mean ± standard deviation over seeds; in brackets the change that LML makes to its own "
+        "base; bold what beats every other setting of its column by more than both spreads "
+        "(never with one seed)."
+    ]
+    for protocol in dict.fromkeys(group.protocol for group in groups if group.protocol):
+        (short,) = describe(groups[0]._replace(protocol=protocol), ["protocol"])
+        which = "" if "protocol" in keys else f" {short}"
+        lines.append(f"Protocol{which}: {', '.join(_flat(json.loads(protocol)))}.")
+    return "\n\n".join(lines)
+
+
+def _is_milliseconds(metric: str) -> bool:
+    return is_timing(metric) and metric.split("/")[1] in (
+        "network",
+        "correction",
+        "solver",
+        "scheduler",
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            short = str(value)[:10] if key.endswith("sha256") else value
+            yield f"{prefix}{key} {short}"
+
+
+def _contest(table: Table) -> Iterator[list[str]]:
+    """The best with LML against the best without, by group and number of evaluations."""
+    keys = varying(table.groups)
+    for group in table.groups:
+        rows = [row for row in table.rows if row.group == group]
+        for nfe in table.nfes:
+            base = table.best([row for row in rows if row.lml == OFF], nfe)
+            ours = table.best([row for row in rows if row.lml != OFF], nfe)
+            if base is None or ours is None:
+                continue
+            ours_entry, base_entry = table.rows[ours][nfe], table.rows[base][nfe]
+            gain = change(ours_entry, base_entry) or "no seed in common"
+            better = table.beats(ours_entry, base_entry) or table.beats(base_entry, ours_entry)
+            yield [
+                *describe(group, keys),
+                str(nfe),
+                f"{base_entry} ({name(base).removesuffix(', LML off')})",
+                f"{ours_entry} ({name(ours)})",
+                f"**{gain}**" if better else gain,
+            ]
+
+
+def latex(table: Table) -> str:
+    """The table as a LaTeX tabular (booktabs)."""
+
+    def escape(text: str) -> str:
+        text = re.sub(r"([_%&#])", r"\\\1", text)
+        return text.replace("±", "$\\pm$")
+
+    header, lines = _cells(table)
+    columns = "".join("r" if text.isdecimal() else "l" for text in header)
+    text = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
+    text += [f"{' & '.join(map(escape, header))} \\\\", "\\midrule"]
+    for line in lines:
+        cells = [f"\\textbf{{{escape(t)}}}" if bold else escape(t) for t, bold in line]
+        text.append(f"{' & '.join(cells)} \\\\")
+    return "\n".join([*text, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """A line a setting and number of evaluations."""
+    buffer = io.StringIO()
+    columns = ("solver", "grid", "lml", "nfe", "mean", "std", "seeds", "change", "status", "paper")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*Group._fields, *columns])
+    for row, entries in table.rows.items():
+        for nfe in sorted(entries):
+            entry, base = entries[nfe], table.base(row, nfe)
+            gain = change(entry, base) if base else ""
+            numbers = ["" if math.isnan(x) else x for x in (entry.mean, entry.std)]
+            values = [nfe, *numbers, len(entry.values), gain, entry.status, ""]
+            writer.writerow([*row.group, *row[1:], *values])
+    return buffer.getvalue()
