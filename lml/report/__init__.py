@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -44,17 +45,20 @@ def tabulate(cfg: DictConfig) -> Path:
     files["results.csv"] = results.to_csv(rows)
     if cells:
         files["sweep.yaml"] = (runs / "sweep.yaml").read_bytes()
-    drawn = {}
+    drawn, times = {}, []
     for metric in metrics:
         stem = metric.replace("/", "_")
         chosen = [result for result in known if result.metric == metric]
         table = tables.build(metric, chosen, cells)
+        if results.is_timing(metric):
+            times.append(table)
+            continue
         warnings = sorted({f"Warning: {result.warning}." for result in chosen if result.warning})
-        files[f"{stem}.md"] = text.markdown(table, commands, [*warnings, *notes])
-        files[f"{stem}.tex"] = text.latex(table)
-        files[f"{stem}.csv"] = text.to_csv(table)
+        files |= _texts(stem, table, commands, [*warnings, *notes])
         drawn[stem] = figures.curves(table)
         drawn[f"{stem}_map"] = figures.maps(table, chosen)
+    for table in tables.times(times):
+        files |= _texts(f"timing_nfe{table.times_at}", table, commands, notes)
     if not all(map(results.is_timing, metrics)):
         drawn |= figures.strips(found, runs)
     for stem, figure in drawn.items():
@@ -69,3 +73,13 @@ def tabulate(cfg: DictConfig) -> Path:
         write_atomic(out / name, data, "out")
     print("\n".join(data for name, data in files.items() if name.endswith(".md")), end="")
     return out
+
+
+def _texts(
+    stem: str, table: tables.Table, commands: Sequence[str], notes: Sequence[str]
+) -> dict[str, str]:
+    return {
+        f"{stem}.md": text.markdown(table, commands, notes),
+        f"{stem}.tex": text.latex(table),
+        f"{stem}.csv": text.to_csv(table),
+    }

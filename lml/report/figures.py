@@ -161,11 +161,12 @@ def _map(
         text = f"{entry.mean:.3g}" + ("" if gain is None else f"\n{100 * gain:+.0f} %")
         axes.text(k, i, text, ha="center", va="center", fontsize=6)
     # light colours, which black numbers can be read on
-    colors = "RdBu" if higher else "RdBu_r"
+    colors = "cividis" if not relative else "RdBu" if higher else "RdBu_r"
+    colors = matplotlib.colormaps[colors].with_extremes(bad="0.8")
     if relative:
         axes.imshow(picture, cmap=colors, vmin=-LIMIT, vmax=LIMIT, alpha=0.7, aspect="auto")
     else:
-        axes.imshow(picture, cmap="cividis", alpha=0.5, aspect="auto")
+        axes.imshow(picture, cmap=colors, alpha=0.5, aspect="auto")
     axes.set_xticks(range(len(dampings)), [f"{damping:g}" for damping in dampings], fontsize=7)
     axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks], fontsize=7)
     axes.set_xlabel("damping", fontsize=7)

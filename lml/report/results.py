@@ -172,7 +172,6 @@ def _timing(timing: Mapping[str, Any], say: Say, path: Path) -> Iterator[dict[st
             "correction_share": correction / network,
             "correction_to_solver": correction / solver,
             "scheduler_share": (correction + solver) / network,
-            "images_per_second": timing["images_per_second"],
         }
         protocol = canonical({key: timing[key] for key in ("device", "threads", "processes")})
     except (TypeError, KeyError, ZeroDivisionError):

@@ -23,7 +23,6 @@ HIGHER_IS_BETTER = (
     "image_reward",
     "precision_recall",
     "lpips_diversity",
-    "timing/images_per_second",
 )
 
 
@@ -31,8 +30,8 @@ class Group(NamedTuple):
     """What must be the same in all that is compared or averaged."""
 
     model: str
-    weights: str  # 10 digits of their sha256, and of the model's settings and prompts
     size: str
+    weights: str  # 10 digits of their sha256, and of the model's settings and prompts
     images: int
     dtype: str
     protocol: str  # JSON
@@ -82,16 +81,20 @@ class Entry:
 
 @dataclass
 class Table:
-    """One metric: its entries by row and number of evaluations, and notes to go under them."""
+    """One metric: its entries by row and number of evaluations, and notes to go under them.
+
+    Or several times at one number of evaluations: then the columns are the times.
+    """
 
     metric: str
-    rows: dict[Row, dict[int, Entry]]
+    rows: dict[Row, dict[int | str, Entry]]
     notes: list[str] = field(default_factory=list)
+    times_at: int | None = None
 
     @property
-    def nfes(self) -> list[int]:
-        """All numbers of evaluations."""
-        return sorted({nfe for entries in self.rows.values() for nfe in entries})
+    def columns(self) -> list[int | str]:
+        """All numbers of evaluations (or all times)."""
+        return sorted({column for entries in self.rows.values() for column in entries})
 
     @property
     def higher(self) -> bool:
@@ -123,28 +126,32 @@ class Table:
     def bold(self) -> set[tuple[Row, int]]:
         """The entries that beat every other setting of their column, where there is another."""
         found = set()
-        for group in self.groups:
-            for nfe in self.nfes:
-                rows = [
-                    r for r, entries in self.rows.items() if r.group == group and nfe in entries
-                ]
-                entries = {row: self.rows[row][nfe] for row in rows if self.rows[row][nfe].values}
-                if len(entries) > 1:
-                    best = entries.pop(top := self.best(list(entries), nfe) or rows[0])
-                    if all(self.beats(best, other) for other in entries.values()):
-                        found.add((top, nfe))
+        if self.times_at is not None:  # to be the cheapest is no merit of LML off
+            return found
+        for group, nfe in itertools.product(self.groups, self.columns):
+            entries = {
+                row: columns[nfe]
+                for row, columns in self.rows.items()
+                if row.group == group and nfe in columns and columns[nfe].values
+            }
+            best = self.best(list(entries), nfe)
+            others = [entry for row, entry in entries.items() if row != best]
+            if best and others and all(self.beats(entries[best], other) for other in others):
+                found.add((best, nfe))
         return found
 
 
 def change(entry: Entry, base: Entry) -> str:
     """By how much `entry` differs from `base`, over the seeds that both have; "" without any.
 
-    In per cent, but of a base that is not positive, which has none.
+    In per cent, or plainly if the base is negative; "" if it is zero.
     """
     seeds = entry.values.keys() & base.values.keys()
     if not seeds:
         return ""
     ours, theirs = (statistics.fmean(e.values[seed] for seed in seeds) for e in (entry, base))
+    if theirs == 0:
+        return ""
     return f"{100 * (ours / theirs - 1):+.1f} %" if theirs > 0 else f"{ours - theirs:+.3g}"
 
 
@@ -155,8 +162,8 @@ def row_of(result: Result) -> Row:
     """Where it belongs."""
     group = Group(
         result.model,
-        result.model_sha256,
         result.size,
+        result.model_sha256,
         result.num_images,
         result.dtype,
         result.protocol,
@@ -196,6 +203,19 @@ def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) ->
     table = Table(metric, rows, notes)
     table.notes += [*_seed_notes(table), *_absence_notes(absent)]
     return table
+
+
+def times(tables: Sequence[Table]) -> list[Table]:
+    """Tables of times as one for each number of evaluations, with a column for each time."""
+    made = {}
+    for table in tables:
+        time = table.metric.removeprefix("timing/")
+        time = time if "_" in time else f"{time} ms"
+        for row, entries in table.rows.items():
+            for nfe, entry in entries.items():
+                at = made.setdefault(nfe, Table("timing", {}, table.notes, times_at=nfe))
+                at.rows.setdefault(row, {})[time] = entry
+    return [made[nfe] for nfe in sorted(made)]
 
 
 def order(row: Row) -> tuple:
@@ -258,7 +278,10 @@ def name(row: Row) -> str:
 def varying(groups: Sequence[Group]) -> list[str]:
     """The fields in which the groups differ, as far as they are known."""
     values = {key: {getattr(group, key) for group in groups} for key in Group._fields}
-    return [key for key, known in values.items() if len(known - {""}) > 1]
+    keys = [key for key, known in values.items() if len(known - {""}) > 1]
+    # a number that nobody reads, where the others do
+    plain = [key for key in keys if key != "weights"]
+    return plain if len({tuple(describe(g, plain)) for g in groups}) == len(set(groups)) else keys
 
 
 def describe(group: Group, keys: Sequence[str]) -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lml.report.labels import OFF
-from lml.report.results import is_timing
 from lml.report.tables import Group, Table, change, describe, name, varying
 
 Text = tuple[str, bool]  # of a cell, and whether it is bold
@@ -21,11 +20,11 @@ Text = tuple[str, bool]  # of a cell, and whether it is bold
 def _cells(table: Table) -> tuple[list[str], list[list[Text]]]:
     """Header and rows; the numbers are in the columns of the evaluations."""
     keys, bold = varying(table.groups), table.bold()
-    header = [*keys, "solver", "grid", "LML", *map(str, table.nfes), "paper"]
+    header = [*keys, "solver", "grid", "LML", *map(str, table.columns), "paper"]
     lines = []
     for row, entries in table.rows.items():
         line = [(text, False) for text in (*describe(row.group, keys), *row[1:])]
-        for nfe in table.nfes:
+        for nfe in table.columns:
             entry, base = entries.get(nfe), table.base(row, nfe)
             text = "" if entry is None else str(entry)
             gain = change(entry, base) if entry and base else ""
@@ -37,11 +36,12 @@ def _cells(table: Table) -> tuple[list[str], list[list[Text]]]:
 def markdown(table: Table, commands: Sequence[str], notes: Sequence[str] = ()) -> str:
     """The table in Markdown; under it the protocol, the best with and without LML, and notes."""
     header, lines = _cells(table)
-    marks = ["---:" if text.isdecimal() else "---" for text in header]
+    numbers = {str(column) for column in table.columns}
+    marks = ["---:" if text in numbers else "---" for text in header]
     text = [_line(header), _line(marks)]
     text += [_line(f"**{cell}**" if bold else cell for cell, bold in line) for line in lines]
     text += ["", _caption(table), "", *(f"`{command}`  " for command in commands)]
-    if contest := list(_contest(table)):
+    if table.times_at is None and (contest := list(_contest(table))):
         keys = varying(table.groups)
         columns = [*keys, "evaluations", "best without LML", "best with LML", "change"]
         text += ["", _line(columns), _line(["---"] * len(columns)), *map(_line, contest)]
@@ -62,42 +62,40 @@ def _line(cells: Iterator[str] | Sequence[str]) -> str:
 
 def _caption(table: Table) -> str:
     groups = table.groups
-    keys = [key for key in Group._fields if key not in varying(groups)]
-    plain = {key: next(filter(None, (getattr(g, key) for g in groups)), "") for key in keys}
+    known = {key: {getattr(group, key) for group in groups} - {""} for key in Group._fields}
+    keys = [key for key in Group._fields if len(known[key]) == 1]
     words = {
         "model": "model {}",
         "weights": "weights {}",
         "images": "{} images",
     }
-    known = [key for key in keys if key != "protocol" and plain[key]]
-    shared = [words.get(key, "{}").format(plain[key]) for key in known]
+    shared = [words.get(k, "{}").format(*known[k]) for k in keys if k != "protocol"]
     entries = [e for columns in table.rows.values() for e in columns.values() if e.values]
     counts = sorted({len(entry.values) for entry in entries})
     seeds = sorted({seed for entry in entries for seed in entry.values})
     many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     better = "higher" if table.higher else "lower"
-    unit = ", ms per image and evaluation" if _is_milliseconds(table.metric) else ""
+    what = f"{table.metric} ({better} is better) by network evaluations"
+    bold = (
+        "; bold what beats every other setting of its column by more than both spreads (never with "
+        "one seed)"
+    )
+    if table.times_at is not None:
+        what = (
+            f"Milliseconds per image and evaluation at {table.times_at} evaluations (scheduler is "
+            "correction and solver), and shares of the network's time"
+        )
+        bold = ""
     lines = [
-        f"{table.metric} ({better} is better{unit}) by network evaluations; "
-        f"{', '.join(shared)}; {many} seed(s) a cell ({', '.join(map(str, seeds))}). "
+        f"{what}; {', '.join(shared)}; {many} seed(s) a cell ({', '.join(map(str, seeds))}). "
         "Mean ± standard deviation over seeds; in brackets the change that LML makes to its own "
-        "base; bold what beats every other setting of its column by more than both spreads "
-        "(never with one seed)."
+        f"base{bold}."
     ]
-    for protocol in dict.fromkeys(group.protocol for group in groups if group.protocol):
+    for protocol in sorted(known["protocol"]):
         (short,) = describe(groups[0]._replace(protocol=protocol), ["protocol"])
         which = "" if "protocol" in keys else f" {short}"
         lines.append(f"Protocol{which}: {', '.join(_flat(json.loads(protocol)))}.")
     return "\n\n".join(lines)
-
-
-def _is_milliseconds(metric: str) -> bool:
-    return is_timing(metric) and metric.split("/")[1] in (
-        "network",
-        "correction",
-        "solver",
-        "scheduler",
-    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -114,7 +112,7 @@ def _contest(table: Table) -> Iterator[list[str]]:
     keys = varying(table.groups)
     for group in table.groups:
         rows = [row for row in table.rows if row.group == group]
-        for nfe in table.nfes:
+        for nfe in table.columns:
             base = table.best([row for row in rows if row.lml == OFF], nfe)
             ours = table.best([row for row in rows if row.lml != OFF], nfe)
             if base is None or ours is None:
@@ -139,7 +137,8 @@ def latex(table: Table) -> str:
         return text.replace("±", "$\\pm$")
 
     header, lines = _cells(table)
-    columns = "".join("r" if text.isdecimal() else "l" for text in header)
+    numbers = {str(column) for column in table.columns}
+    columns = "".join("r" if text in numbers else "l" for text in header)
     text = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
     text += [f"{' & '.join(map(escape, header))} \\\\", "\\midrule"]
     for line in lines:
@@ -149,9 +148,10 @@ def latex(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """A line a setting and number of evaluations."""
+    """A line a setting and number of evaluations (or time)."""
     buffer = io.StringIO()
-    columns = ("solver", "grid", "lml", "nfe", "mean", "std", "seeds", "change", "status", "paper")
+    column = "nfe" if table.times_at is None else "time"
+    columns = ("solver", "grid", "lml", column, "mean", "std", "seeds", "change", "status", "paper")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*Group._fields, *columns])
     for row, entries in table.rows.items():
