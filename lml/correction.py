@@ -12,8 +12,9 @@ d is also the residual of the ridge regression of g on the anchors, so the corre
 g what the earlier directions already explain, the less of it the larger the damping.
 
 Anchors that are nearly parallel to g or to one another leave d as a small difference of large
-numbers. Everything is therefore computed in float64, a few samples at a time so that it stays in
-the processor's cache; the result has the type of the input.
+numbers, unless the damping is as large as they are. It is therefore computed in float64, where the
+damping is not, and a few samples at a time, so that it stays in the processor's cache; the result
+has the type of the input.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
 
-BLOCK = 2**18  # numbers of direction and anchors taken at a time: near the cache, little memory
+BLOCK = 5 * 2**18  # bytes of direction and anchors taken at a time: near the cache, little memory
 ROUNDING = 500  # machine epsilons of mean |u|^2: a smaller damping drowns in U^T U's rounding
-LARGEST = 1e150  # a larger damping changes nothing, and its square is not finite
+WELL_CONDITIONED = 1.0  # relative damping from which float32 loses no more than a digit
 
 
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:
@@ -146,12 +147,20 @@ class LMLCorrection(nn.Module):
         if not anchors:
             return direction
 
+        # The damping holds the condition number under 1 + r / damping.
+        fast = self.damping_scale == "relative" and self.damping >= WELL_CONDITIONED
+        fast = fast and direction.dtype != torch.float64
         corrected = torch.empty_like(direction)
-        numbers = (len(anchors) + 1) * direction.numel()
-        size = max(1, BLOCK * len(direction) // max(numbers, 1))
+        size = (len(anchors) + 1) * direction.numel() * (4 if fast else 8)
+        size = max(1, BLOCK * len(direction) // max(size, 1))
         for start in range(0, len(direction), size):
             block = slice(start, start + size)
-            corrected[block] = self._correct_block([u[block] for u in anchors], direction[block])
+            vectors, out = [v[block] for v in (*anchors, direction)], corrected[block]
+            held = self._correct_block(vectors, out, fast)
+            if not held.all():
+                again = torch.empty_like(out[~held])
+                self._correct_block([v[~held] for v in vectors], again, fast=False)
+                out[~held] = again
         return corrected
 
     def _frozen(self, timestep: float | Tensor | None) -> bool:
@@ -161,47 +170,67 @@ class LMLCorrection(nn.Module):
             raise ValueError(f"freeze={self.freeze}: needs the timestep of each direction")
         return float(timestep) >= (1 - self.freeze) * self.num_train_timesteps
 
-    def _correct_block(self, anchors: list[Tensor], direction: Tensor) -> Tensor:
-        """g' of a few samples (b, ...), not yet in the type of `direction`."""
+    def _correct_block(self, inputs: list[Tensor], out: Tensor, fast: bool) -> Tensor:
+        """Write g' of a few samples to `out` (b, ...); `inputs` are their anchors and g.
+
+        `fast` is in float32 and with the numbers as they are. Returns which samples (b,) came out
+        right: all but those whose squares, if `fast`, are out of float32's range.
+        """
         # Apple's GPUs have no float64.
-        dtype = torch.float32 if direction.device.type == "mps" else torch.float64
-        r = len(anchors)
-        vectors = direction.new_empty((len(direction), r + 1, direction[0].numel()), dtype=dtype)
-        for row, vector in enumerate([*anchors, direction]):
+        single = fast or out.device.type == "mps"
+        dtype = torch.float32 if single else torch.float64
+        r = len(inputs) - 1
+        vectors = out.new_empty((len(out), r + 1, out[0].numel()), dtype=dtype)
+        for row, vector in enumerate(inputs):
             vectors[:, row] = vector.flatten(1)
         if self.anchor == "ema":
             vectors[:, 0].lerp_(vectors[:, 1], 1 - self.kappa)
 
+        limits = torch.finfo(dtype)
         anchor_scale = direction_scale = 1.0
-        if direction.dtype == torch.float64:  # of the other types all squares are finite here
+        scaled = not fast and out.dtype == dtype  # of other types all squares are finite here
+        if scaled:
             anchor_scale = _power_of_two(vectors[:, :r])
             direction_scale = _power_of_two(vectors[:, r:])
             vectors[:, :r] /= anchor_scale
             vectors[:, r:] /= direction_scale
 
         gram = vectors @ vectors.mT
-        norm = gram[:, r:, r:].sqrt()  # |g|
+        squares = gram.diagonal(dim1=1, dim2=2)
+        held = ((squares > 1e-15) & (squares < 1e15)).all(1) | (not fast)
         gram, projection = gram[:, :r, :r], gram[:, :r, r:]  # U^T U and U^T g
         mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         scale = mean_square if self.damping_scale == "relative" else anchor_scale**-2
-        damping = torch.full_like(mean_square, self.damping) * scale
-        damping = torch.maximum(damping, ROUNDING * torch.finfo(dtype).eps * mean_square)
-        damping = torch.where(damping > 0, damping, 1.0).clamp(max=LARGEST)
+        largest = limits.max**0.4  # a larger damping changes nothing
+        damping = torch.full_like(mean_square, min(self.damping, largest)) * scale
+        damping = torch.maximum(damping, ROUNDING * limits.eps * mean_square)
+        damping = torch.where(damping > 0, damping, 1.0)
+        if not fast:
+            damping = damping.clamp(max=largest)
 
-        identity = torch.eye(r, dtype=dtype, device=direction.device)
+        identity = torch.eye(r, dtype=dtype, device=out.device)
         factor, _ = torch.linalg.cholesky_ex(gram + damping * identity)
         weights = torch.cholesky_solve(projection, factor)
         # d = g - U weights
         d = torch.cat([-weights, torch.ones_like(weights[:, :1])], 1).mT @ vectors
-        norm_d = torch.linalg.vector_norm(d, dim=2, keepdim=True)
+        norm_d = _norm(d)
         # |g| may exceed the largest number of the type where no number of g does.
-        largest = (1 - 1e-15) * torch.finfo(direction.dtype).max / direction_scale
-        size = (norm if self.norm_preserving else norm_d).clamp(max=largest)
+        limit = (1 - 4 * limits.eps) * torch.finfo(out.dtype).max / direction_scale
+        size = (_norm(vectors[:, r:]) if self.norm_preserving else norm_d).clamp(max=limit)
         scale = torch.where(norm_d > 0, size / norm_d, 1.0)
-        d = d * scale if d.requires_grad else d.mul_(scale)
-        if direction.dtype == torch.float64:
-            d = d * direction_scale
-        return d.view_as(direction)
+        if scaled:
+            d, scale = d * scale, direction_scale
+        d, scale = d.view_as(out), scale.view(-1, *[1] * (out.ndim - 1))
+        if d.requires_grad:
+            out.copy_(d * scale)
+        else:
+            torch.mul(d, scale, out=out)
+        return held
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    # Not vector_norm, whose error in float32 grows with the number of elements.
+    return (vectors * vectors).sum(2, keepdim=True).sqrt()
 
 
 def _power_of_two(vectors: Tensor) -> Tensor:

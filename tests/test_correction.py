@@ -240,18 +240,27 @@ def test_the_norm_is_preserved(vectors, exponent):
     assert torch.all((ratio - 1).abs() < 1e-6)
 
 
-def test_samples_do_not_influence_one_another():
+@pytest.mark.parametrize("damping", [0.5, 8.0])
+@pytest.mark.parametrize("poison", [math.nan, 3e38, 1e-30, 0.0])
+def test_samples_do_not_influence_one_another(damping, poison):
     # More numbers than one block holds, so that blocks are covered too.
     inputs = [v.float() for v in directions(3, seed=8, shape=(100, 3, 32, 32))]
-    together = last(LMLCorrection(2, 0.5), inputs)
+    together = last(LMLCorrection(2, damping), inputs)
     for k in (0, 41, 42, 43, 99):
-        alone = last(LMLCorrection(2, 0.5), [v[k : k + 1] for v in inputs])
+        alone = last(LMLCorrection(2, damping), [v[k : k + 1] for v in inputs])
         assert error(alone, together[k : k + 1]) < 1e-6
     poisoned = [v.clone() for v in inputs]
-    poisoned[0][50] = math.nan
-    rest = last(LMLCorrection(2, 0.5), poisoned)
+    poisoned[0][50] = poison
+    rest = last(LMLCorrection(2, damping), poisoned)
     others = torch.arange(100) != 50
     assert torch.equal(rest[others], together[others])
+
+
+def test_the_norm_is_preserved_in_float32_at_a_million_numbers():
+    inputs = [v.float() for v in directions(3, seed=15, shape=(1, 3, 600, 600))]
+    corrected = last(LMLCorrection(2, 8.0), inputs)
+    ratio = corrected.double().norm() / inputs[-1].double().norm()
+    assert (ratio - 1).abs() < 1e-6
 
 
 def test_half_precision_is_the_rounding_of_float32():
