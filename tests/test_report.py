@@ -171,6 +171,7 @@ def test_what_a_reader_can_tell_apart_needs_no_number():
     given = [result(), result(size="16x16", model_sha256="another", run="b")]
     text = markdown(tables.build("fd", given), [])
     assert text.startswith("| size | solver |") and "weights" not in text
+    assert "Only what has the same size is compared" in text
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:4]] == ["8x8", "16x16"]
 
 
@@ -498,6 +499,12 @@ def test_a_cell_may_fit_several_groups():
     assert markdown(table, []).splitlines()[0].startswith("| size | solver |")
 
 
+def test_the_name_of_a_run_is_no_number(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"commands": [], "cells": [cell(run="12345e6789")]}))
+    assert results.read_sweep(file, pytest.fail)[1][0].run == "12345e6789"
+
+
 @pytest.mark.parametrize("content", ["cells: [{}]", "a: [", "[]", "commands: []"])
 def test_a_broken_sweep_file_is_said(make_run, tabulate, tmp_path, content):
     make_run(value=1.0)
@@ -541,14 +548,16 @@ def test_times_per_image_and_evaluation(make_run, tmp_path):
 def test_times_are_shown_when_asked_or_alone(make_run, tabulate):
     make_run(value=1.0, timing=timing(correction=0.0))
     make_run("default", value=1.0, timing=timing(), metrics={})
+    make_run("off", metrics={}, timing=timing(correction=0.0, solver=0.9), seed=1)
+    make_run("default", metrics={}, timing=timing(solver=0.9), seed=1)
     out, _ = tabulate()
     assert {path.stem for path in out.glob("*.md")} == {"fd"}
     out, _ = tabulate(show=["timing/scheduler", "timing/correction"], out="asked")
     assert {path.stem for path in out.glob("*.md")} == {"timing_nfe5"}
     table = (out / "timing_nfe5.md").read_text()
     assert table.startswith("| solver | grid | LML | correction ms | scheduler ms | paper |")
-    assert line_of(table, "default", "1.000") == [
-        *("ddim", "default", "default", "1.000", "3.000 (+50.0 %)", "")
+    assert line_of(table, "default", "1.000 ± 0") == [
+        *("ddim", "default", "default", "1.000 ± 0", "2.900 ± 0.14 (+52.6 %)", "")
     ]
     assert "Milliseconds" in table and "at 5 evaluations" in table and "threads 1" in table
     assert "best" not in table and "**" not in table

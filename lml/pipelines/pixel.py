@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class PixelModel:
     scheduler: SchedulerMixin
     config: Mapping[str, Any]
     folder: Path | None = None  # of the network; None for networks that are made, not read
+    _: KW_ONLY
     sample_size: int | None = None  # of the network's samples; None is its own
 
     def load(
@@ -167,7 +168,7 @@ def find(config: Mapping[str, Any]) -> PixelModel:
     size = choose_size(config.get("sample_size"), network, patch)
     if size is not None:
         settings["sample_size"] = size
-    return PixelModel(config["name"], settings, scheduler, config, folder, size)
+    return PixelModel(config["name"], settings, scheduler, config, folder, sample_size=size)
 
 
 def choose_size(asked: int | None, network: Mapping[str, Any], patch: int) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 from PIL import Image
 
 from lml.errors import UserError, nearest
@@ -191,13 +191,14 @@ def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
     if not path.exists():
         return [], []
     try:
-        sweep = OmegaConf.to_container(OmegaConf.load(path))
+        # not by OmegaConf, to which the name of a run may be a number: 12345e6789
+        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
         keys = [field.name for field in fields(Cell)]
         cells = [Cell(**{key: cell[key] for key in keys}) for cell in sweep["cells"]]
         if not {cell.status for cell in cells} <= set(STATUSES):
             raise ValueError
         return [str(command) for command in sweep["commands"]], cells
-    except Exception:  # YAML's and OmegaConf's errors share no base class
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         say(f"{path}: broken; not used, so that no cell is known to be missing")
         return [], []
 

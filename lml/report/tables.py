@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lml.report import labels
 from lml.report.labels import OFF
-from lml.report.results import Cell, Result
+from lml.report.results import Cell, Result, is_timing
 
 HIGHER_IS_BETTER = (
     "inception_score",
@@ -188,7 +188,8 @@ def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) ->
     for row, columns in found.items():
         for nfe, seeds in columns.items():
             values = {seed: statistics.fmean(seeds[seed]) for seed in sorted(seeds)}
-            entries[row][nfe] = Entry(values, row.group.images)
+            # a time has a spread whatever the images are
+            entries[row][nfe] = Entry(values, 1 if is_timing(metric) else row.group.images)
             if any(len(several) > 1 for several in seeds.values()):
                 notes.append(
                     f"{name(row)} at {nfe} has several runs of one seed, which differ in what "
@@ -220,9 +221,9 @@ def times(tables: Sequence[Table]) -> list[Table]:
 
 def order(row: Row) -> tuple:
     """What rows are sorted by."""
-    # "8x8" comes before "16x16"
+    # "8x8" comes before "16x16", and a group of which little is known after those that have results
     size = [int(side) for side in re.findall(r"\d+", row.group.size)]
-    return (row.group._replace(size=size), row.solver, row.grid, labels.order(row.lml))
+    return (not size, row.group._replace(size=size), row.solver, row.grid, labels.order(row.lml))
 
 
 def _row_of_cell(cell: Cell, rows: Sequence[Row]) -> Row:

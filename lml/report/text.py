@@ -91,9 +91,11 @@ def _caption(table: Table) -> str:
         "Mean ± standard deviation over seeds; in brackets the change that LML makes to its own "
         f"base{bold}."
     ]
+    if keys := varying(groups):
+        lines.append(f"Only what has the same {', '.join(keys)} is compared or averaged.")
     for protocol in sorted(known["protocol"]):
         (short,) = describe(groups[0]._replace(protocol=protocol), ["protocol"])
-        which = "" if "protocol" in keys else f" {short}"
+        which = f" {short}" if "protocol" in keys else ""
         lines.append(f"Protocol{which}: {', '.join(_flat(json.loads(protocol)))}.")
     return "\n\n".join(lines)
 
