@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,6 +30,8 @@ CONFIGS = ROOT / "configs"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 # The extras of setup.cfg that bring Hydra's launchers and sweepers.
 EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
+# What is said in one line.
+EXPECTED = (UserError, HydraException, OmegaConfBaseException)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,7 +48,9 @@ def say(line: str) -> None:
     print(f"{rank}{line}", file=sys.stderr, flush=True)
 
 
-def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def main(
+    config_name: str, makes_runs: bool = False
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `task(cfg)` the body of a script with the config `configs/<config_name>.yaml`.
 
     What a user did wrong (a UserError, or what Hydra and OmegaConf refuse) becomes one line on
@@ -52,20 +58,21 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
     keeps its traceback. In a sweep a cell that fails is named, and the others go on, here or, with
     hydra/launcher, in other processes and on other machines: there a cell runs in the folder that
     the sweep was started in, and its line is said here. With HYDRA_FULL_ERROR=1 in the environment
-    every error keeps its traceback.
+    every error keeps its traceback. With `makes_runs`, the cells are runs of configs/sample.yaml,
+    and lml/sweep.py says what else happens to them; then `task` returns a search's objective.
     """
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def script() -> None:
-            sys.exit(_run(task, config_name))
+            sys.exit(_run(task, config_name, makes_runs))
 
         return script
 
     return decorate
 
 
-def _run(task: Callable[[DictConfig], None], config_name: str) -> int:
+def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) -> int:
     keep_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -85,31 +92,34 @@ def _run(task: Callable[[DictConfig], None], config_name: str) -> int:
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 failed.append(error)
-                say(f"{' '.join(HydraConfig.get().overrides.task)}: {_explain(error)}")
+                say(f"{' '.join(HydraConfig.get().overrides.task)}: {explain(error)}")
                 raise  # sweepers have to know
             if keep_traceback or not isinstance(error, (UserError, OmegaConfBaseException)):
                 raise
             failed.append(error)
             if not getattr(error, "elsewhere", False):  # else another process says it
-                say(_explain(error))
+                say(explain(error))
 
     try:
-        with _launchers(failed):
+        with _plugins(failed, makes_runs):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
         # torchrun ends the others as soon as one has ended, which may cut short the way out of an
         # error that is still to be told.
         cause = interruption.__context__
-        say(_explain(cause) if isinstance(cause, UserError) else str(interruption))
+        say(explain(cause) if isinstance(cause, UserError) else str(interruption))
         return interruption.exit_code
     except Exception as error:
-        expected = isinstance(error, (UserError, HydraException, OmegaConfBaseException))
         # Some of what Hydra refuses while composing is a plain ValueError.
-        if keep_traceback or not (expected or (not started and isinstance(error, ValueError))):
+        expected = isinstance(error, EXPECTED) or (not started and isinstance(error, ValueError))
+        if keep_traceback or not expected:
             raise
         if error not in failed:
-            say(_explain(error))
+            say(explain(error))
         return 2
+    for error in failed:  # of a sweep that has made all that it could
+        if keep_traceback or not isinstance(error, EXPECTED):
+            raise error
     return 2 if failed else 0
 
 
@@ -134,7 +144,7 @@ def _run_elsewhere(
         _check_complete(cfg)
         return task(cfg)
     except Exception as error:
-        reason = _explain(error)
+        reason = explain(error)
         if not isinstance(error, (UserError, OmegaConfBaseException)):
             traceback.print_exc()
             reason = f"{type(error).__name__}: {reason} (its traceback is in the job's log)"
@@ -143,20 +153,97 @@ def _run_elsewhere(
 
 
 @contextlib.contextmanager
-def _launchers(failed: list[Exception]) -> Iterator[None]:
-    """Let Hydra's sweepers have launchers that say what failed; `failed` is what was said."""
+def _plugins(failed: list[Exception], makes_runs: bool) -> Iterator[None]:
+    """Let Hydra have sweepers and launchers of ours around its own; `failed` is what was said."""
     plugins = Plugins.instance()
-    instantiate = plugins.instantiate_launcher
+    make_launcher, make_sweeper = plugins.instantiate_launcher, plugins.instantiate_sweeper
+    sweeper = None
 
     def instantiate_launcher(**options: Any) -> _Launcher:
         name = options["config"].hydra.runtime.choices["hydra/launcher"]
-        return _Launcher(instantiate(**options), name, failed)
+        launcher = _Launcher(make_launcher(**options), name, failed)
+        return launcher if sweeper is None else sweeper.around(launcher)
+
+    def instantiate_sweeper(**options: Any) -> Any:
+        nonlocal sweeper
+        if not makes_runs:
+            return make_sweeper(**options)
+        sweeper = _Sweeper(options["config"], options["hydra_context"].config_loader, failed)
+        sweeper.sweeper = make_sweeper(**options)
+        return sweeper
 
     plugins.instantiate_launcher = instantiate_launcher
+    plugins.instantiate_sweeper = instantiate_sweeper
     try:
         yield
     finally:
-        del plugins.instantiate_launcher
+        del plugins.instantiate_launcher, plugins.instantiate_sweeper
+
+
+class _Sweeper:
+    """One of Hydra's sweepers, whose cells are runs, and the launcher that it is given."""
+
+    def __init__(self, config: DictConfig, loader: Any, failed: list[Exception]):
+        from lml.sweep import (
+            Sweep,
+        )  # not at the top: most of what is wrong needs no torch to be found
+
+        def compose(overrides: Sequence[str]) -> dict[str, Any]:
+            cfg = _without_hydra(loader.load_sweep_config(config, list(overrides)))
+            _check_complete(cfg)
+            return OmegaConf.to_container(cfg, resolve=True)
+
+        choices, options = config.hydra.runtime.choices, config.hydra.sweeper
+        base = OmegaConf.to_container(_without_hydra(config), resolve=True)
+        self.is_grid = choices["hydra/sweeper"] == "basic"
+        if not self.is_grid and not base["sweep"]:
+            name = choices["hydra/sweeper"]
+            raise UserError(f"hydra/sweeper={name}: sweep=NAME says what is searched for")
+        local = choices["hydra/launcher"] == "basic"
+        self.cells = Sweep(compose, base, local, options.get("n_trials"))
+        if "direction" in options:
+            options.direction = "maximize" if self.cells.higher_is_better else "minimize"
+        # What becomes of a trial is said here; Optuna's own handler would say it again.
+        logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)
+        self.config, self.failed = config, failed
+        self.sweeper: Any = None
+
+    def around(self, launcher: _Launcher) -> _Sweeper:
+        self.launcher = launcher
+        return self
+
+    def sweep(self, arguments: list[str]) -> None:
+        if optuna := sys.modules.get("optuna"):
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        with self.cells:
+            try:
+                self.sweeper.sweep(arguments)
+            except ValueError as error:
+                # Optuna has no best trial where none came to its end.
+                if isinstance(error, UserError) or not self.cells.are_lost:
+                    raise
+            self.cells.conclude(self._make)
+        if self.cells.are_refused:
+            self.failed.append(UserError("every cell is refused"))
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
+        return [self._result(cell) for cell in self.cells.launch(job_overrides, self._make)]
+
+    def _make(self, job_overrides: Sequence[Sequence[str]]) -> list[tuple[str | None, Any]]:
+        """Why each failed, or None, and what it returned."""
+        return [
+            (explain(result._return_value), None)
+            if result.status == JobStatus.FAILED
+            else (None, result._return_value)
+            for result in self.launcher.launch(job_overrides, initial_job_idx=0)
+        ]
+
+    def _result(self, cell: Any) -> JobReturn:
+        # A grid goes on whatever became of a cell; other sweepers have to know.
+        if cell.reason is None or self.is_grid:
+            return JobReturn(status=JobStatus.COMPLETED, _return_value=cell.value)
+        return _Failure(status=JobStatus.FAILED, _return_value=UserError(cell.reason))
 
 
 class _Launcher:
@@ -242,14 +329,18 @@ def _patience() -> Iterator[None]:
 # --- errors in one line ------------------------------------------------------------------------
 
 
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
 def _check_complete(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key}=???: a value is needed")
 
 
-def _explain(error: Exception) -> str:
-    """The key, the value and what is allowed, from whatever Hydra or OmegaConf raised."""
+def explain(error: Exception) -> str:
+    """One line: the key, the value and what is allowed, from whatever Hydra or OmegaConf raised."""
     text, cause = str(error), error.__cause__
     if match := re.search(r"Could not (?:find|load) '(.+)/(.+)'", text):
         group, option = match.groups()

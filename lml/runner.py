@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -221,6 +221,29 @@ def determine(
     }
 
 
+@dataclass
+class Plan:
+    """What is known of a run before a network is loaded."""
+
+    model: Model
+    prompts: prompt_sets.PromptSet | None
+    scheduler: SchedulerMixin
+    steps: int
+    folder: RunFolder
+
+
+def plan(cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | None) -> Plan:
+    """How `cfg` is made with its model and prompts; touches nothing.
+
+    UserError for what the solver has not, or cannot do with this model.
+    """
+    scheduler = make_scheduler(cfg, model)
+    steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
+    settings = determine(cfg, model, prompts)
+    path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
+    return Plan(model, prompts, scheduler, steps, RunFolder(str(path), settings))
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 
@@ -374,9 +397,22 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             texts = on_first(partial(prompt_sets.find, folder.images))
             context = Context(reference, device, prompts=texts)
             results = evaluate(folder.images, metrics, context=context)
+            for name, result in results.items():
+                result["config_sha256"] = settings_hash(config["metrics"][name])
             on_first(lambda: _keep(results, folder.path / "metrics.json", folder.hash))
             observer.scored(results)
     return folder.path
+
+
+def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
+    """Whether the run has all its images, and scores of all that the config `metrics` describes."""
+    results = read_json(folder.path / "metrics.json")
+    for name, config in metrics.items():
+        digest = settings_hash(config)
+        # What scripts/evaluate.py scored does not say how it was asked for.
+        if name not in results or results[name].get("config_sha256", digest) != digest:
+            return False
+    return bool(folder.read_manifest().get("complete"))
 
 
 def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
@@ -452,21 +488,15 @@ def generate(
     """
     rank, _ = rank_and_world()
     model = find(cfg["model"])
-    prompts = choose_prompts(cfg, model)
-    scheduler = make_scheduler(cfg, model)
-    steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
-    settings = determine(cfg, model, prompts)
-    path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
-    folder = RunFolder(str(path), settings)
-    count = cfg["num_images"]
+    planned = plan(cfg, model, choose_prompts(cfg, model))
+    folder, count = planned.folder, cfg["num_images"]
     stored = on_first(partial(_open, folder, cfg, observer, wait))
     try:
         timing = {}
         if len(stored) < count:
-            share = Share(cfg, device, model, prompts, scheduler, steps, folder, stored)
-            timing = share.make(observer)
+            timing = Share(cfg, device, **vars(planned), stored=stored).make(observer)
         if rank == 0:
-            _finish(folder, count, prompts, timing)
+            _finish(folder, count, planned.prompts, timing)
         return folder, timing
     except BaseException as error:
         if rank == 0:
@@ -519,7 +549,10 @@ class Share:
         rank, world = rank_and_world()
         blocks = [range(i, min(i + size, count)) for i in range(0, count, size)]
         blocks = [block for block in blocks if not self.stored.issuperset(block)][rank::world]
-        sampler = self._sampler(observer) if blocks else None
+        sampler = self._sampler() if blocks else None
+        if sampler and self.prompts is not None and rank == 0:
+            for line in sampler.cut(self.prompts.texts):
+                observer.say(line)
         watch = Stopwatch(self.device)
         if blocks:
             watch.attach(sampler.network, "network", count=True)
@@ -542,7 +575,18 @@ class Share:
         guided = bool(sampler and sampler.guided)
         return self._timing(watch, sum(map(len, blocks)), time.perf_counter() - start, guided)
 
-    def _sampler(self, observer: Observer) -> Sampler:
+    def measure(self) -> float:
+        """Network evaluations per second of this process, as `nfe` counts them: of its first batch.
+
+        The network stays loaded, compiled for the size of batch that the run has.
+        """
+        sampler, block = self._sampler(), range(min(self.cfg["batch_size"], self.cfg["num_images"]))
+        replace(self, steps=min(2, self.steps))._batch(sampler, block, Stopwatch(self.device))
+        start = time.perf_counter()
+        self._batch(sampler, block, Stopwatch(self.device))
+        return self.cfg["nfe"] * len(block) / (time.perf_counter() - start)
+
+    def _sampler(self) -> Sampler:
         cfg = self.cfg
         options = (self.device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
         key = canonical({"config": cfg["model"], **self.model.settings, "options": str(options)})
@@ -550,13 +594,9 @@ class Share:
             if key not in _loaded:
                 _loaded.clear()
                 _loaded[key] = self.model.sampler(*options)
-            sampler = _loaded[key]
+            return _loaded[key]
         except torch.cuda.OutOfMemoryError:
             raise self._out_of_memory() from None
-        if self.prompts is not None and rank_and_world()[0] == 0:
-            for line in sampler.cut(self.prompts.texts):
-                observer.say(line)
-        return sampler
 
     def _out_of_memory(self) -> RunError:
         less = ["a smaller batch_size", "dtype=bfloat16"]
@@ -659,7 +699,12 @@ def provenance() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"command": shlex.join(["python", *sys.argv]), "versions": versions, "git": _commit()}
+    return {"command": command_line(), "versions": versions, "git": _commit()}
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["python", *sys.argv])
 
 
 def _commit() -> str | None:

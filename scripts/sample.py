@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lml.cli import main
 
 
-@main("sample")
-def sample(cfg: DictConfig) -> None:
-    from lml import runner, tracking  # not at the top: a typo needs no torch to be found
+@main("sample", makes_runs=True)
+def sample(cfg: DictConfig) -> float | None:
+    from lml import runner, sweep, tracking  # not at the top: a typo needs no torch to be found
 
     with tracking.Tracker(cfg) as tracker:
-        runner.run(cfg, tracker)
+        folder = runner.run(cfg, tracker)
+    return sweep.read_objective(cfg, folder)
 
 
 if __name__ == "__main__":

@@ -55,19 +55,9 @@ def test_every_traceback_on_demand(script, toy, monkeypatch, arguments):
 def test_a_sweep_makes_every_cell(script, toy, tmp_path):
     outcome = script("sample", "-m", *toy, "nfe=4,5", "lml=default,off")
     assert (outcome.code, outcome.err) == (0, "")
-    assert len(list((tmp_path / "outputs/cifar10-dpmsolverpp").iterdir())) == 4
+    runs = tmp_path.glob("outputs/cifar10-dpmsolverpp/*/manifest.json")
+    assert [json.loads(run.read_text())["complete"] for run in runs] == [True] * 4
     assert {f.name for f in tmp_path.iterdir()} == {"outputs"}
-
-
-def test_a_bad_cell_is_named_and_the_others_are_made(script, toy, tmp_path):
-    outcome = script("sample", "-m", *toy, "lml.damping=8,-1,9")
-    assert outcome.code == 2
-    lines = [line for line in outcome.err.splitlines() if "must be" in line]
-    assert len(lines) == 1 and "Traceback" not in outcome.err
-    assert lines[0].startswith(" ".join(toy)) and "lml.damping=-1: lml.damping=-1: " in lines[0]
-    runs = list((tmp_path / "outputs/cifar10-dpmsolverpp").iterdir())
-    assert len(runs) == 2
-    assert all(json.loads((run / "manifest.json").read_text())["complete"] for run in runs)
 
 
 def test_a_crash_in_a_cell_is_named_and_the_others_are_made(script, toy, tmp_path, crash, capfd):
@@ -76,7 +66,7 @@ def test_a_crash_in_a_cell_is_named_and_the_others_are_made(script, toy, tmp_pat
         script("sample", "-m", *toy, "nfe=4,5")
     err = capfd.readouterr().err
     assert ": a bug\n" in err and "nfe=4" in err.split(": a bug")[0]
-    assert len(list((tmp_path / "outputs/cifar10-dpmsolverpp").iterdir())) == 1
+    assert len(list(tmp_path.glob("outputs/cifar10-dpmsolverpp/*/manifest.json"))) == 1
 
 
 def test_help_shows_groups_and_keys(script):

@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 HAS_RAY = importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None
@@ -142,14 +143,19 @@ def test_a_job_whose_process_dies(ends, tmp_path, launcher):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_makes_the_images_of_this_process(script, toy, tmp_path, launcher):
-    cells = ["lml.rank=1,0"]
+    cells = ["lml.rank=1,0,-1"]
     assert script("sample", "-m", *toy, *cells).code == 0
     runs = {path.parent.name: path for path in tmp_path.glob("outputs/cifar10-*/*/images")}
     here = tmp_path / "here"
     here.mkdir()
     arguments = ["-m", f"hydra/launcher={launcher}", *toy, *cells]
     process = launch(ROOT / "scripts/sample.py", *arguments, cwd=here)
-    assert (process.returncode, lines_of(process.stderr)) == (0, []), process.stderr
+    (refused,) = lines_of(process.stderr)
+    assert process.returncode == 0 and "lml.rank=-1: lml.rank=-1: must be" in refused
+    assert (
+        "cifar10-dpmsolverpp: 3 cells, 1 refused; to make: 20 images, 80 evaluations, "
+        "in a time that is not known yet\n"
+    ) in process.stdout
     made = {path.parent.name: path for path in here.glob("outputs/cifar10-*/*/images")}
     assert len(made) == 2 and made.keys() == runs.keys()
     for name, folder in made.items():
@@ -157,6 +163,12 @@ def test_a_sweep_makes_the_images_of_this_process(script, toy, tmp_path, launche
         assert [file.name for file in files] == sorted(f.name for f in runs[name].iterdir())
         assert all(f.read_bytes() == (runs[name] / f.name).read_bytes() for f in files)
         assert f"hydra/launcher={launcher}" in (folder.parent / "config.yaml").read_text()
+    sweeps = [
+        yaml.safe_load((folder / "outputs/cifar10-dpmsolverpp/sweep.yaml").read_text())
+        for folder in (tmp_path, here)
+    ]
+    assert sweeps[0]["cells"] == sweeps[1]["cells"]
+    assert [cell["status"] for cell in sweeps[1]["cells"]] == ["done", "done", "refused"]
 
 
 @pytest.mark.skipif(not HAS_RAY, reason=NO_RAY)

@@ -39,6 +39,7 @@ RESULT = {
     "metric": "fd",
     "value": 1.0,
     "protocol": '{"extractor":"e"}',
+    "steps": "",
     "warning": "",
     "images_per_second": 1.0,
 }
@@ -628,6 +629,23 @@ def searched(dampings=(4.0, 8.0), ranks=(1, 2), base=True):
             value = 1 + (rank - 1.5) * damping / 8
             given.append(dataclasses.replace(result(value=value, run=f"{rank}{damping}"), lml=lml))
     return given
+
+
+def test_what_a_metric_says_step_by_step(make_run, tabulate):
+    steps = {"timestep": [900.0, 500.0, 0.0], "cosine": [0.5, None, 0.25]}
+    for seed in (0, 10):
+        entry = {"value": {"cosine": 0.5, "min": 0.0}, "protocol": {}, "steps": steps}
+        make_run("default", seed=seed, metrics={"c": entry})
+        steps = {**steps, "cosine": [1.0, 0.5, 0.75]}
+    out, _ = tabulate()
+    assert (out / "c_cosine_steps.png").exists() and not (out / "c_min_steps.png").exists()
+    made = results.from_csv(out / "results.csv", [], pytest.fail)
+    drawn = figures.steps(tables.build("c/cosine", made), made)
+    (axes,) = drawn.axes
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [900, 500, 0] and axes.xaxis_inverted()
+    assert np.array_equal(line.get_ydata(), [0.75, np.nan, 0.5], equal_nan=True)
+    assert figures.steps(tables.build("c/min", made), made) is None
 
 
 @pytest.mark.parametrize("base", [True, False])

@@ -57,6 +57,7 @@ def tabulate(cfg: DictConfig) -> Path:
         files |= _texts(stem, table, commands, [*warnings, *notes])
         drawn[stem] = figures.curves(table)
         drawn[f"{stem}_map"] = figures.maps(table, chosen)
+        drawn[f"{stem}_steps"] = figures.steps(table, chosen)
     for table in tables.times(times):
         files |= _texts(f"timing_nfe{table.times_at}", table, commands, notes)
     if not all(map(results.is_timing, metrics)):

@@ -1,4 +1,4 @@
-"""Figures: quality against evaluations, maps of damping and rank, strips of the same noise."""
+"""Figures: quality against evaluations and step by step, maps of damping and rank, strips."""
 
 from __future__ import annotations
 
@@ -95,6 +95,47 @@ def curves(table: Table) -> Figure | None:
 
 def _title(group: Group, groups: Sequence[Group]) -> str:
     return ", ".join(describe(group, varying(groups)))
+
+
+def steps(table: Table, results: Sequence[Result]) -> Figure | None:
+    """What the metric is step by step, as the mean over seeds: a panel a number of evaluations.
+
+    None for a metric that does not say.
+    """
+    panels = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.metric == table.metric and result.steps:
+            panels[result.nfe][row_of(result)].append(json.loads(result.steps))
+    rows = worth_drawing([row for row in table.rows if any(row in p for p in panels.values())])
+    if not rows:
+        return None
+    keys = varying(list(dict.fromkeys(row.group for row in rows)))
+    drawn = Figure(figsize=(2.5 + 3.5 * len(panels), 3.5), dpi=150, layout="constrained")
+    lines = {}
+    axes = drawn.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for (nfe, panel), ax in zip(sorted(panels.items()), axes, strict=True):
+        for k, row in enumerate(rows):
+            # null, where a step has no number, is nan
+            runs = [np.array(run["value"], dtype=float) for run in panel.get(row, [])]
+            if runs:
+                label = ", ".join([*describe(row.group, keys), name(row)])
+                style, _ = STYLES.get(row.lml, ("-.", ""))
+                x = panel[row][0]["timestep"]
+                (lines[label],) = ax.plot(
+                    x,
+                    np.mean(runs, axis=0),
+                    f"C{k % 10}",
+                    linestyle=style,
+                    marker=".",
+                    markersize=4,
+                )
+        ax.set(xlabel="timestep", title=f"{nfe} evaluations")
+        ax.invert_xaxis()  # a trajectory begins with noise
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(table.metric)
+    options = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
+    drawn.legend(lines.values(), lines, **options)
+    return drawn
 
 
 def maps(table: Table, results: Sequence[Result]) -> Figure | None:

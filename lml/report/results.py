@@ -42,6 +42,7 @@ class Result:
     metric: str  # "fd_cifar", "convergence/rmse", "timing/network"
     value: float
     protocol: str  # JSON
+    steps: str  # JSON: {"timestep": […], "value": […]}, where a metric says it step by step
     warning: str
     images_per_second: float
 
@@ -148,8 +149,19 @@ def _parts(name: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     protocol = {key: value for key, value in entry["protocol"].items() if key != "images"}
     shared = {"protocol": canonical(protocol), "warning": str(entry.get("warning", ""))}
     values = entry["value"] if isinstance(entry["value"], dict) else {"": entry["value"]}
+    steps = dict(entry.get("steps", {}))
+    timesteps = steps.pop("timestep", [])
+    along = {
+        part: canonical({"timestep": timesteps, "value": numbers})
+        for part, numbers in steps.items()
+    }
     return [
-        {"metric": "/".join(filter(None, (name, part))), "value": float(value), **shared}
+        {
+            "metric": "/".join(filter(None, (name, part))),
+            "value": float(value),
+            "steps": along.get(part, ""),
+            **shared,
+        }
         for part, value in values.items()
     ]
 
@@ -182,6 +194,7 @@ def _timing(timing: Mapping[str, Any], say: Say, path: Path) -> Iterator[dict[st
             "metric": f"timing/{name}",
             "value": float(value),
             "protocol": protocol,
+            "steps": "",
             "warning": "",
         }
 

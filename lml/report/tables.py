@@ -23,6 +23,7 @@ HIGHER_IS_BETTER = (
     "image_reward",
     "precision_recall",
     "lpips_diversity",
+    *(f"ideal_direction/{part}" for part in ("prediction", "corrected", "step")),
 )
 
 

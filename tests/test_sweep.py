@@ -1,0 +1,465 @@
+"""What goes on around the cells of a sweep: before it, after it, when it is cut, and a search."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lml import runner, sweep
+from lml.data.assets import ROOT
+from lml.errors import UserError
+from lml.metrics.convergence import Convergence
+from lml.metrics.direction import higher_is_better
+from lml.pipelines import find
+
+TOY = [
+    "-m",
+    "name=study",
+    "model=gaussian",
+    "model.network.sample_size=4",
+    "metrics=none",
+    "num_images=6",
+    "batch_size=4",
+    "nfe=4",
+    "threads=1",
+]
+SCORED = ["metrics=[convergence]", "metrics.convergence.nfe=6"]
+
+
+def kept(tmp_path: Path) -> dict:
+    return yaml.safe_load((tmp_path / "outputs/study/sweep.yaml").read_text())
+
+
+def statuses(tmp_path: Path) -> list[str]:
+    return [cell["status"] for cell in kept(tmp_path)["cells"]]
+
+
+def runs(tmp_path: Path) -> set[str]:
+    return {path.parent.name for path in tmp_path.glob("outputs/study/*/manifest.json")}
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[dict]:
+    """The configs of the cells that are run from now on."""
+    configs = []
+    run = runner.run
+
+    def counting(cfg, observer=None):
+        configs.append(OmegaConf.to_container(cfg, resolve=True))
+        return run(cfg, observer)
+
+    monkeypatch.setattr(runner, "run", counting)
+    return configs
+
+
+# --- before it ---------------------------------------------------------------------------------
+
+
+def test_refused_cells_are_skipped_and_the_same_run_is_made_once(script, tmp_path, made):
+    axes = ["solver=ddim,pndm", "nfe=2", "lml=off", "lml.damping=8,16"]
+    outcome = script("sample", *TOY, *axes)
+    assert outcome.code == 0
+    assert re.fullmatch(
+        r".*solver=pndm .*lml.damping=8 \(and 1 more\): nfe=2: pndm can make 1 or 3; skipped\n",
+        outcome.err,
+    )
+    assert len(made) == 1  # without LML its damping is nothing
+    assert outcome.out.startswith("study: 3 cells, 2 refused; to make: 6 images, 12 evaluations, ")
+    cells = kept(tmp_path)["cells"]
+    (name,) = runs(tmp_path)
+    assert [cell["run"] for cell in cells] == [name, None, None]
+    options = yaml.safe_load((ROOT / "configs/lml/default.yaml").read_text())
+    refused = [argument for argument in TOY[1:] if argument != "nfe=4"]
+    refused[refused.index("threads=1") : 0] = []
+    assert sorted(cells[1].pop("overrides")) == sorted(
+        [*refused, "solver=pndm", "nfe=2", "lml=off", "lml.damping=8"]
+    )
+    assert cells[1] == {
+        "run": None,
+        "solver": "pndm",
+        "grid": "default",
+        "lml": {**options, "rank": 0, "damping": 8},
+        "nfe": 2,
+        "seed": 0,
+        "num_images": 6,
+        "model": "gaussian",
+        "dtype": "float32",
+        "status": "refused",
+        "reason": "nfe=2: pndm can make 1 or 3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("device=cuda:99 seed=0,1", r".*\(and 1 more\): device=cuda:99: not there.*; skipped"),
+        ("lml.dampin=1,2", "lml.dampin=1: unknown key; nearest: damping"),
+        ("solver=ddim,dimm", "solver=dimm: unknown; nearest: ddim"),
+        ("nfe=3,x", ".*"),
+        ("protocol=ful", "protocol=ful: unknown; nearest: full"),
+        ("sweep=damping_rank", "sweep.objective=null: metrics=NAME is asked"),
+        ("sweep=damping_rank sweep.objective=fid", "sweep.objective=fid: not one of the run's.*"),
+    ],
+)
+def test_nothing_is_made_when_there_is_nothing_to_make(script, tmp_path, arguments, line):
+    outcome = script("sample", *TOY, *arguments.split())
+    if line == ".*":  # a value that one cell refuses is another matter
+        assert outcome.code == 0 and statuses(tmp_path) == ["done", "refused"]
+        return
+    assert outcome.code == 2 and re.fullmatch(f"{line}\n", outcome.err), outcome.err
+    assert not (tmp_path / "outputs/study").exists()
+
+
+def test_finished_cells_are_skipped_and_a_missing_metric_is_all_that_is_made(
+    script, tmp_path, made
+):
+    axes = ["seed=0,100"]
+    assert script("sample", *TOY, *axes).code == 0
+    assert len(made) == 2
+    outcome = script("sample", *TOY, *axes)
+    assert (outcome.code, outcome.err, len(made)) == (0, "", 2)
+    assert outcome.out == "study: 2 cells, 2 finished; nothing to make\n"
+    timings = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/study/*/timing.*")}
+    outcome = script("sample", *TOY, *axes, *SCORED)
+    assert outcome.out.startswith("study: 2 cells; to score: 2\n") and outcome.code == 0
+    assert len(made) == 4 and timings == {path: path.stat().st_mtime_ns for path in timings}
+    for again, count in ((SCORED, 4), ([*SCORED[:1], "metrics.convergence.nfe=7"], 6)):
+        assert script("sample", *TOY, *axes, *again).code == 0
+        assert len(made) == count  # a metric that is asked for in another way is another one
+    manifest = next(tmp_path.glob("outputs/study/*/manifest.json"))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    assert script("sample", *TOY, *axes).code == 0 and len(made) == 7
+
+
+def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, monkeypatch):
+    measured = []
+    measure = runner.Share.measure
+    monkeypatch.setattr(runner.Share, "measure", lambda share: measured.append(1) or measure(share))
+    outcome = script("sample", *TOY, "nfe=4,6")
+    pattern = r"study: 2 cells; to make: 12 images, 60 evaluations, about \d+ s at [\d,]+ eval"
+    assert re.match(pattern, outcome.out) and len(measured) == 1
+    for path in tmp_path.glob("outputs/study/*/timing.json"):
+        timing = json.loads(path.read_text())
+        timing["images_per_second"] = 0.5 / timing["evaluations_per_image"]
+        path.write_text(json.dumps(timing))
+    outcome = script("sample", *TOY, "nfe=4,6", "seed=0,100", "lml=default,off")
+    assert outcome.out.startswith(
+        "study: 8 cells, 2 finished; to make: 36 images, 180 evaluations, "
+        "about 6 min at 0 evaluations/s\n"
+    )
+    assert len(measured) == 1
+    assert script("sample", *TOY, "nfe=3", "dtype=float64").code == 0
+    assert len(measured) == 2  # another type takes another time
+
+
+def test_every_name_has_its_own_file(script, tmp_path):
+    outcome = script("sample", *TOY, "name=${solver.name}", "solver=ddim,unipc")
+    assert outcome.code == 0 and outcome.out.startswith("ddim, unipc: 2 cells; ")
+    for name in ("ddim", "unipc"):
+        (cell,) = yaml.safe_load((tmp_path / f"outputs/{name}/sweep.yaml").read_text())["cells"]
+        assert cell["solver"] == name
+
+
+# --- after it, and when it is cut --------------------------------------------------------------
+
+
+def test_failed_cells_are_listed_and_made_by_the_same_command(script, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        run = runner.run
+
+        def failing(cfg, observer=None):
+            if cfg.nfe == 4:
+                raise UserError("disk=full: of what it is full")
+            return run(cfg, observer)
+
+        patch.setattr(runner, "run", failing)
+        outcome = script("sample", *TOY, "nfe=4,5", "lml=off")
+        assert outcome.code == 2
+        first, head, line = outcome.err.splitlines()
+        assert head == "1 cell failed; the same command makes them:"
+        assert line == f"  {first}" and first.endswith("lml=off: disk=full: of what it is full")
+        cells = kept(tmp_path)["cells"]
+        assert [cell["status"] for cell in cells] == ["failed", "done"]
+        assert cells[0]["reason"] == "disk=full: of what it is full" and cells[1]["reason"] is None
+    outcome = script("sample", *TOY, "nfe=4,5", "lml=off")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert statuses(tmp_path) == ["done", "done"] and len(kept(tmp_path)["commands"]) == 1
+
+
+def test_sweeps_of_one_name_add_up(script, tmp_path, capfd):
+    assert script("sample", *TOY, "solver=pndm", "nfe=2,4").code == 0
+    assert statuses(tmp_path) == ["refused", "done"]
+    path = tmp_path / "outputs/study/sweep.yaml"
+    older = kept(tmp_path)
+    older["cells"][0]["run"], older["cells"][0]["status"] = "0123456789", "missing"
+    path.write_text(yaml.safe_dump(older))
+    assert script("sample", *TOY, "nfe=3,5").code == 0
+    both = kept(tmp_path)
+    assert [cell["nfe"] for cell in both["cells"]] == [2, 4, 3, 5] and len(both["commands"]) == 2
+    # What was asked for by the same overrides is another run now, and known to be refused.
+    assert script("sample", *TOY, "solver=pndm", "nfe=2,4").code == 0
+    assert sorted(cell["status"] for cell in kept(tmp_path)["cells"]) == ["done"] * 3 + ["refused"]
+    assert kept(tmp_path)["commands"] == both["commands"]
+    path.write_text("cells: [")
+    outcome = script("sample", *TOY, "nfe=3,5")
+    assert (
+        outcome.code == 0
+        and outcome.err == "outputs/study/sweep.yaml: not a sweep's; written anew\n"
+    )
+    assert [cell["nfe"] for cell in kept(tmp_path)["cells"]] == [3, 5]
+
+
+def test_a_second_sweep_is_refused_and_a_killed_one_is_completed(script, spawn, tmp_path):
+    arguments = [*TOY, "seed=range(0,2000,100)"]
+    first = spawn("sample", *arguments)
+    deadline = time.monotonic() + 300
+    while not runs(tmp_path):
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)
+    before = {path: path.read_bytes() for path in tmp_path.glob("outputs/study/*.yaml")}
+    outcome = script("sample", *TOY, "seed=5000,6000")
+    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.err.startswith(
+        f"name=study: process {first.pid} on {socket.gethostname()} (`python "
+    )
+    assert outcome.err.count("\n") == 1 and "is sweeping in outputs/study; wait" in outcome.err
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("outputs/study/*.yaml")}
+    first.kill()
+    first.communicate()
+    assert statuses(tmp_path) == ["missing"] * 20 and len(runs(tmp_path)) < 20
+    outcome = script("sample", *arguments)
+    assert (outcome.code, outcome.err) == (0, "") and " finished; to make: " in outcome.out
+    assert statuses(tmp_path) == ["done"] * 20 and len(runs(tmp_path)) == 20
+
+
+def test_interrupted_it_keeps_what_is_done(script, tmp_path, monkeypatch):
+    run = runner.run
+
+    def interrupted(cfg, observer=None):
+        if cfg.seed == 100:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(cfg, observer)
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    outcome = script("sample", *TOY, "seed=0,100,200")
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+    assert statuses(tmp_path) == ["done", "missing", "missing"]
+
+
+def test_several_processes_sweep_together(spawn, tmp_path):
+    process = spawn("sample", *TOY, "solver=ddim,pndm", "nfe=2,3,4", processes=2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("study: 6 cells, 1 refused; ") == 1 and err.count("skipped") == 1
+    assert sorted(statuses(tmp_path)) == ["done"] * 5 + ["refused"]
+    timings = [
+        json.loads(path.read_text()) for path in tmp_path.glob("outputs/study/*/timing.json")
+    ]
+    assert {timing["processes"] for timing in timings} == {2}
+
+
+# --- protocols ---------------------------------------------------------------------------------
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("sample", list(overrides), return_hydra_config=True)
+    params = OmegaConf.to_container(cfg.hydra.sweeper.params or {})
+    return {**OmegaConf.to_container(cfg, resolve=False), "params": params}
+
+
+def test_a_study_has_a_protocol_and_another_can_be_chosen():
+    cpu, full = (composed("experiment=table1_cifar10", *more) for more in ([], ["protocol=full"]))
+    assert (cpu["num_images"], full["num_images"]) == (5000, 50000)
+    assert cpu["params"]["nfe"] == "5,6,8,10,20"
+    assert full["params"]["nfe"] == "5,6,8,10,12,15,20,50"
+    axes = {key: cpu["params"][key] for key in ("lml", "solver")}
+    assert axes == {"lml": "off,default", "solver": "ddim,dpmsolverpp,unipc"}
+    assert axes == {key: full["params"][key] for key in axes}
+    # Image i is made from seed + i, so seeds nearer than that share images.
+    seeds = [int(seed) for seed in full["params"]["seed"].split(",")]
+    assert len(seeds) == 3 and min(b - a for a, b in zip(seeds, seeds[1:])) >= full["num_images"]
+    assert not composed()["params"] and composed()["num_images"] == 64
+
+
+def test_an_axis_on_the_command_line_wins_over_the_protocols(script, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sweep.Sweep, "launch", lambda self, overrides, make: asked.extend(overrides) or []
+    )
+    arguments = ["experiment=table1_cifar10", "protocol=full", "solver=deis", "nfe=8", "lml=off"]
+    assert script("sample", "-m", *arguments).code == 0
+    same = {"experiment=table1_cifar10", "protocol=full", "solver=deis", "nfe=8", "lml=off"}
+    assert [set(cell) - same for cell in asked] == [
+        {"seed=0"},
+        {"seed=100000"},
+        {"seed=200000"},
+    ]
+
+
+def test_the_runs_of_the_table_are_found():
+    """What was made before there were protocols has the hash that its cell has today."""
+    cell = ["experiment=table1_cifar10", "lml=off", "solver=ddim", "nfe=5", "seed=0"]
+    cfg = composed(*cell)
+    cfg = OmegaConf.to_container(OmegaConf.create(cfg), resolve=False)
+    planned = runner.plan(cfg, find(cfg["model"]), None)
+    (row,) = (
+        row
+        for row in csv.DictReader((ROOT / "experiments/table1_cifar10/results.csv").open())
+        if (row["lml"], row["solver"], row["nfe"], row["seed"], row["num_images"])
+        == ("off", "ddim", "5", "0", "5000")
+    )
+    assert planned.folder.path == Path("outputs/table1_cifar10", row["run"])
+
+
+# --- searches ----------------------------------------------------------------------------------
+
+SEARCH = [*(a for a in TOY if a != "metrics=none"), *SCORED, "dtype=float32", "compile=false"]
+
+
+def values(tmp_path: Path, part: str, **of) -> dict[tuple, float]:
+    """The objective of every cell of these values, by rank and damping."""
+    found = {}
+    for cell in kept(tmp_path)["cells"]:
+        if all(cell[key] == value for key, value in of.items()) and cell["status"] == "done":
+            file = tmp_path / "outputs/study" / cell["run"] / "metrics.json"
+            value = json.loads(file.read_text())["convergence"]["value"][part]
+            found[cell["lml"]["rank"], cell["lml"]["damping"]] = value
+    return found
+
+
+@pytest.mark.parametrize(("part", "best"), [("rmse", min), ("cosine", max)])
+def test_a_grid_finds_the_best_and_tries_it_on_other_seeds(script, tmp_path, made, part, best):
+    arguments = [
+        *("sweep=damping_rank", f"sweep.objective=convergence/{part}", "sweep.num_images=8"),
+        *("lml.rank=1,2", "lml.damping=1,4,-1", "solver=ddim,unipc"),
+    ]
+    outcome = script("sample", *SEARCH, *arguments)
+    assert outcome.code == 0 and outcome.err.count("\n") == 1  # of all that are refused
+    plan, *_ = outcome.out.splitlines()
+    assert plan.startswith("study: 12 cells, 4 refused; to make: 48 images, 192 evaluations, ")
+    assert plan.endswith("; then, of the best and of lml=off, 8 images each")
+    for solver in ("ddim", "unipc"):
+        tried = values(tmp_path, part, solver=solver, seed=1000000, num_images=6)
+        assert len(tried) == 4
+        rank, damping = setting = best(tried, key=tried.get)
+        final = values(tmp_path, part, solver=solver, seed=2000000, num_images=8)
+        assert set(final) == {setting, (0, 8)}
+        line = (
+            f"solver={solver}: convergence/{part} was best of 4 with lml.rank={rank} "
+            f"lml.damping={damping} ({tried[setting]:.5g}); on 8 images of seed 2000000: "
+            f"{final[setting]:.5g}, with lml=off {final[0, 8]:.5g}"
+        )
+        assert line in outcome.out.splitlines()
+    count = len(made)
+    again = script("sample", *SEARCH, *arguments)
+    assert again.out.splitlines()[1:] == outcome.out.splitlines()[-2:] and len(made) == count
+
+
+def test_the_best_is_that_of_the_mean_over_the_seeds(script, tmp_path):
+    arguments = ["sweep=damping_rank", "sweep.objective=convergence/rmse", "sweep.num_images=2"]
+    arguments += ["lml.rank=1", "lml.damping=0.1,1,4,16", "seed=0,100,200"]
+    outcome = script("sample", *SEARCH, "num_images=2", *arguments)
+    tried = [values(tmp_path, "rmse", seed=seed) for seed in (0, 100, 200)]
+    means = {setting: sum(value[setting] for value in tried) / 3 for setting in tried[0]}
+    (_, damping), *_ = sorted(means, key=means.get)
+    assert f"best of 4 with lml.rank=1 lml.damping={damping:g} (" in outcome.out
+
+
+def test_optuna_searches_and_finds_again(script, tmp_path, made, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="NOT TESTED: no optuna extra")
+    plan = runner.plan
+    refused = []
+
+    def refusing(cfg, *args):
+        if cfg["seed"] == 1000000 and cfg["lml"]["damping"] < 15:
+            refused.append(cfg["lml"]["damping"])
+            raise UserError("lml.damping: too small for this test")
+        return plan(cfg, *args)
+
+    monkeypatch.setattr(runner, "plan", refusing)
+    arguments = ["sweep=optuna", "sweep.objective=convergence/cosine", "sweep.num_images=8"]
+    arguments.append("hydra.sweeper.n_trials=6")
+    outcome = script("sample", *SEARCH, *arguments)
+    assert outcome.code == 0 and outcome.err.count("\n") == len(refused) > 0
+    plan_line, *_, result = outcome.out.splitlines()
+    assert plan_line.startswith(
+        "study: a search of 6 trials; to make at most: 36 images, 144 evaluations, "
+    )
+    tried = values(tmp_path, "cosine", seed=1000000)
+    assert len(tried) == 6 - len(refused) and len(made) == len(tried) + 2
+    assert all(rank in (1, 2, 3, 4) and 15 <= damping <= 100 for rank, damping in tried)
+    rank, damping = max(tried, key=tried.get)
+    assert f" with lml.rank={rank} lml.damping={damping} " in result
+    best = yaml.safe_load((tmp_path / "outputs/multirun/optimization_results.yaml").read_text())
+    assert best["best_params"] == {"lml.rank": rank, "lml.damping": damping}
+    again = script("sample", *SEARCH, *arguments)
+    assert again.code == 0 and again.out.splitlines()[1:] == [result]
+    assert len(made) == len(tried) + 2
+
+
+def test_a_search_in_which_all_is_lost(script, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="NOT TESTED: no optuna extra")
+    arguments = ["sweep=optuna", "sweep.objective=convergence/cosine", "hydra.sweeper.n_trials=2"]
+    outcome = script("sample", *SEARCH, *arguments, "lml.damping=-1")
+    assert outcome.code == 2 and outcome.err.count("lml.damping=-1: must be") == 2
+    assert "Traceback" not in outcome.err and not (tmp_path / "outputs/study").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("sweep.objective=null", "convergence/rmse or convergence/cosine is asked"),
+        ("sweep.objective=convergence/rsme", "convergence/rmse or convergence/cosine is asked"),
+        ("sweep.objective=convergnce", "not one of the run's metrics; nearest: convergence"),
+        (
+            "sweep.objective=convergence/rmse sweep.final_seed=1000002",
+            "share seeds with the search's, from 1000000 on",
+        ),
+        ("sweep.objective=convergence/rmse sweep.final_seed=x", "seed=x: a whole number"),
+        ("sweep=null hydra/sweeper=optuna", "sweep=NAME says what is searched for"),
+    ],
+)
+def test_a_search_that_is_not_clear(script, tmp_path, arguments, line):
+    if "optuna" in arguments:
+        reason = "NOT TESTED: no optuna extra"
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason=reason)
+    outcome = script("sample", *SEARCH, "sweep=damping_rank", "lml.rank=1", *arguments.split())
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and line in outcome.err, outcome.err
+    assert not (tmp_path / "outputs/study").exists()
+
+
+def test_objectives_of_metrics():
+    def objective(metrics, asked=None):
+        return sweep.find_objective({"sweep": {"objective": asked}, "metrics": metrics})
+
+    assert objective({"fd_cifar": {}}) == "fd_cifar"
+    assert objective({"kid": {}, "fid": {}}, "kid") == "kid/mean"
+    assert objective({"precision_recall": {}}, "precision_recall/recall").endswith("/recall")
+    with pytest.raises(UserError, match=r"sweep.objective=null: one of a, b is asked"):
+        objective({"a": {}, "b": {}})
+    assert set(sweep.PARTS) <= {file.stem for file in (ROOT / "configs/metrics").glob("*.yaml")}
+    directions = {"fd_cifar": False, "convergence/rmse": False, "convergence/cosine": True}
+    directions |= {"precision_recall/recall": True, "image_reward/mean": True, "kid/mean": False}
+    assert {name: higher_is_better(name) for name in directions} == directions
+
+
+def test_the_parts_that_a_metric_has_are_those_it_is_known_for():
+    import torch
+
+    metric = Convergence()
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    metric.update(images, images + 1)
+    assert tuple(metric.compute()) == sweep.PARTS["convergence"]
