@@ -677,10 +677,18 @@ def test_a_map_for_each_of_the_other_settings():
     drawn = figures.maps(tables.build("fd", given), given)
     titles = [axes.get_title() for axes in drawn.axes if axes.images]
     assert titles == [
-        "ddim, target=prediction, 5 evaluations",
         "ddim, target=increment, 5 evaluations",
+        "ddim, target=prediction, 5 evaluations",
     ]
-    assert "–" in [text.get_text() for text in drawn.axes[0].texts]
+    assert "–" in [text.get_text() for text in drawn.axes[1].texts]
+
+
+def test_a_damping_that_grows_with_the_steps_has_axes_of_its_own():
+    more = searched(dampings=(16.0, 32.0, 64.0))
+    given = [*searched(), *(dataclasses.replace(r, nfe=8, run=r.run + "8") for r in more)]
+    five, eight = figures.maps(tables.build("fd", given), given).axes
+    assert [text.get_text() for text in five.get_xticklabels()] == ["4", "8"]
+    assert [text.get_text() for text in eight.get_xticklabels()] == ["16", "32", "64"]
 
 
 def test_strips_show_the_same_noise_at_every_setting(make_run, tmp_path):

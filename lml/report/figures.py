@@ -152,15 +152,22 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
         place = lml.pop("rank"), lml.pop("damping")
         key = (row_of(result)._replace(lml=OFF), json.dumps(lml, sort_keys=True))
         panels[key][result.nfe][place][result.seed] = result.value
-    panels = {key: panel for key, panel in panels.items() if _is_map(panel)}
+    keys = sorted(
+        filter(lambda key: _is_map(panels[key]), panels), key=lambda k: (order(k[0]), k[1])
+    )
+    panels = {key: panels[key] for key in keys}
     if not panels:
         return None
-    nfes = sorted({nfe for panel in panels.values() for nfe in panel})
-    places = {place for panel in panels.values() for values in panel.values() for place in values}
-    ranks, dampings = (sorted(axis) for axis in map(set, zip(*places, strict=True)))
-    size = (1.2 + len(nfes) * (0.6 + 0.75 * len(dampings)), len(panels) * (1 + 0.5 * len(ranks)))
+    ranks, dampings = set(), defaultdict(set)  # of dampings those of the number of evaluations
+    for panel in panels.values():
+        for nfe, values in panel.items():
+            ranks |= {rank for rank, _ in values}
+            dampings[nfe] |= {damping for _, damping in values}
+    ranks, nfes = sorted(ranks), sorted(dampings)
+    widths = [0.6 + 0.75 * len(dampings[nfe]) for nfe in nfes]
+    size = (1.2 + sum(widths), len(panels) * (1 + 0.5 * len(ranks)))
     drawn = Figure(figsize=size, dpi=150, layout="constrained")
-    grid = drawn.subplots(len(panels), len(nfes), squeeze=False)
+    grid = drawn.subplots(len(panels), len(nfes), squeeze=False, width_ratios=widths)
     groups = list(dict.fromkeys(row.group for row, _ in panels))
     lmls = [json.loads(lml) for _, lml in panels]
     differing = [key for key in lmls[0] if len({str(lml.get(key)) for lml in lmls}) > 1]
@@ -171,7 +178,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
         for nfe, axes in zip(nfes, line, strict=True):
             values = {place: Entry(seeds, row.group.images) for place, seeds in panel[nfe].items()}
             base = table.rows.get(row, {}).get(nfe)
-            _map(axes, values, base, ranks, dampings, table.higher)
+            _map(axes, values, base, ranks, sorted(dampings[nfe]), table.higher)
             axes.set_title(f"{title}, {nfe} evaluations", fontsize=7)
     drawn.suptitle(f"{table.metric} by damping and rank", fontsize=9)
     return drawn
