@@ -51,6 +51,7 @@ from lml.store import (
     merge_json,
     read_config,
     read_json,
+    sealed,
     settings_hash,
     write_atomic,
     write_json,
@@ -398,7 +399,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             results = evaluate(folder.images, metrics, context=context)
             for name, result in results.items():
                 result["config_sha256"] = settings_hash(config["metrics"][name])
-            on_first(lambda: merge_json(folder.path / "metrics.json", results))
+            on_first(lambda: _keep(results, folder.path / "metrics.json", folder.hash))
             observer.scored(results)
     return folder.path
 
@@ -423,11 +424,12 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
     check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
-    reference = None
+    reference, manifest = None, {}
     if run_dir is not None:
         images = Path(run_dir) / "images"
         reference = partial(reference_run, read_config(run_dir), device, observer)
-        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
+        manifest = read_json(Path(run_dir) / "manifest.json")
+        if not manifest.get("complete"):
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
@@ -436,9 +438,16 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts)
         results = evaluate(images, config["metrics"], context=context)
-        on_first(lambda: merge_json(out, results))
+        on_first(lambda: _keep(results, out, manifest.get("settings_sha256")))
         observer.scored(results)
     return out
+
+
+def _keep(results: Mapping[str, dict], path: Path, run: str | None) -> None:
+    """Add results to a JSON file: those of a run sealed with the hash of its settings."""
+    if run is not None:
+        results = {name: sealed(entry, run, name) for name, entry in results.items()}
+    merge_json(path, results)
 
 
 def reference_run(
@@ -670,7 +679,7 @@ def _finish(
     if prompts is not None:
         prompts.save(folder.path / prompt_sets.FILE)
     if timing:
-        write_json(folder.path / "timing.json", timing)
+        write_json(folder.path / "timing.json", sealed(timing, folder.hash, "timing"))
     if timing or not (folder.path / "grid.png").exists():
         write_atomic(folder.path / "grid.png", draw_grid(folder, min(count, 64)))
 

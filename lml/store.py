@@ -3,7 +3,9 @@
     config.yaml         the configuration, the settings that determine the images, provenance
     images/000000.png   sealed: a text chunk says which run and index the pixels belong to
     manifest.json       what is complete, and the sha256 of config and images
-    metrics.json, timing.json, grid.png, prompts.jsonl
+    metrics.json        what the metrics say, each sealed, so that an edit by hand is noticed
+    timing.json         sealed, too
+    grid.png, prompts.jsonl
 
 No journal is kept: an image that is there and whose seal holds is done.
 """
@@ -56,8 +58,11 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(settings).encode()).hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write the whole file or leave what was there. RunError when the disk is full or read-only."""
+def write_atomic(path: Path, data: bytes | str, key: str = "run_dir") -> None:
+    """Write the whole file or leave what was there.
+
+    RunError when the disk is full or read-only; `key` is what the user gave the folder as.
+    """
     data = data.encode() if isinstance(data, str) else data
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,7 +71,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise disk_error(path.parent, error) from None
+        raise disk_error(path.parent, error, key) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,11 +84,22 @@ def merge_json(path: Path, entries: Mapping[str, Any]) -> None:
     write_json(path, {**read_json(path), **entries})
 
 
-def disk_error(folder: Path, error: OSError) -> RunError:
+def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
+    """`values` with a `seal`: the sha256 of them and of what they belong to."""
+    values = {key: value for key, value in values.items() if key != "seal"}
+    return {**values, "seal": settings_hash({"values": values, "owner": owner})}
+
+
+def is_edited(values: Mapping[str, Any], *owner: str) -> bool:
+    """Whether `values` are others than when they were `sealed`. Without a seal nobody can say."""
+    return "seal" in values and values["seal"] != sealed(values, *owner)["seal"]
+
+
+def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
     """What to say of a folder that could not be written to."""
     full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-    remedy = "free some space, or choose another run_dir" if full else "a writable folder is asked"
-    return RunError(f"run_dir={folder}: {error.strerror or error}; {remedy}")
+    remedy = f"free some space, or choose another {key}" if full else "a writable folder is asked"
+    return RunError(f"{key}={folder}: {error.strerror or error}; {remedy}")
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

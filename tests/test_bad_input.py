@@ -50,6 +50,8 @@ VALUES = {
     "compile=maybe": "compile=maybe.*true or false",
     "model.patch=0": "model.patch=0.*at least 1",
     "model.patch=2": "model.patch=2.*3 channels",
+    "model.sample_size=0": "model.sample_size=0: null, or a multiple of 1, is asked",
+    "model.sample_size=8.5": "model.sample_size=8.5: null, or a multiple of 1",
     "model.path=nowhere": "model.path=nowhere: no such folder",
     "model.path=null": "model.path=null.*model.hub_id",
     "solver=ddim grid=lu": "grid=lu: ddim has no use_lu_lambdas.*trailing",

@@ -497,3 +497,18 @@ def test_runs_of_a_sweep_share_the_network(script, toy, tmp_path, monkeypatch):
     assert not runner._loaded[next(iter(runner._loaded))].network._forward_hooks
     assert script("sample", *toy, "dtype=bfloat16", "name=other").code == 0
     assert len(loads) == 2
+
+
+def test_images_of_another_size(script, toy, tmp_path):
+    """A network of convolutions takes any; its own is the same run as when nothing is said."""
+    for size in ("8", "null", "16"):
+        assert script("sample", *toy, "num_images=2", f"model.sample_size={size}").code == 0
+    runs = list((tmp_path / "outputs/cifar10-dpmsolverpp").iterdir())
+    sizes = [Image.open(run / "images/000000.png").size for run in runs]
+    assert sorted(sizes) == [(8, 8), (16, 16)]
+    embedded = pixel.find(
+        {"name": "cifar10", "path": "assets/cifar10", "patch": 2, "sample_size": 64}
+    )
+    assert pixel.size(embedded.load(torch.device("cpu"), torch.float32)) == (64, 64)
+    with pytest.raises(UserError, match=r"model\.sample_size=68: null, or a multiple of 8"):
+        pixel.find({**embedded.config, "sample_size": 68})

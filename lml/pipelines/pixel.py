@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ class PixelModel:
     scheduler: SchedulerMixin
     config: Mapping[str, Any]
     folder: Path | None = None  # of the network; None for networks that are made, not read
+    _: KW_ONLY
+    sample_size: int | None = None  # of the network's samples; None is its own
 
     def load(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool = False
@@ -96,6 +98,8 @@ class PixelModel:
             network = loading.read_network(UNet2DModel, self.folder, dtype, key)
             if network.class_embedding is not None:
                 raise UserError(f"{key}: conditional on a class; an unconditional model is asked")
+            if self.sample_size is not None:
+                network.register_to_config(sample_size=self.sample_size)
         if self.config.get("patch", 1) > 1:
             network = SpaceToDepth(network, self.config["patch"])
         return loading.prepare(network, device, channels_last)
@@ -142,7 +146,8 @@ def find(config: Mapping[str, Any]) -> PixelModel:
 
     Either `network` and `scheduler` are objects to make (`_target_`), or `path` (or `hub_id` and
     `revision`) is a folder in diffusers' format, of a pipeline or of a network alone; then
-    `scheduler` is only asked where the folder has none. UserError when there is no such model.
+    `scheduler` is only asked where the folder has none; `sample_size` has a convolutional network
+    make images of another size than its own. UserError when there is no such model.
     """
     if config.get("network"):
         made = {key: config[key] for key in ("network", "scheduler")}
@@ -152,23 +157,41 @@ def find(config: Mapping[str, Any]) -> PixelModel:
     if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:
         raise UserError(f"model.patch={patch}: a whole number of at least 1 is asked")
     root, key = loading.find_folder(config), loading.describe_key(config)
-    folder, channels = find_network(root, key)
+    folder, network = find_network(root, key)
+    channels = network.get("in_channels", 3)
     if channels % patch**2:
         raise UserError(
             f"model.patch={patch}: the network's {channels} channels are no multiple of {patch**2}"
         )
     scheduler, schedule = loading.read_scheduler(root, key, config)
     settings = {"network": loading.fingerprint(folder), "scheduler": schedule, "patch": patch}
-    return PixelModel(config["name"], settings, scheduler, config, folder)
+    size = choose_size(config.get("sample_size"), network, patch)
+    if size is not None:
+        settings["sample_size"] = size
+    return PixelModel(config["name"], settings, scheduler, config, folder, sample_size=size)
 
 
-def find_network(root: Path, key: str) -> tuple[Path, int]:
-    """The folder of the UNet2DModel in `root`, and its number of channels."""
+def choose_size(asked: int | None, network: Mapping[str, Any], patch: int) -> int | None:
+    """The size of the network's samples for images of `asked` pixels; None where it is its own.
+
+    UserError unless the network's convolutions can halve it as often as they do.
+    """
+    if asked is None:
+        return None
+    blocks = len(network.get("down_block_types") or range(4))  # four, where the file doesn't say
+    step = patch * 2 ** (blocks - 1)
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < step or asked % step:
+        raise UserError(f"model.sample_size={asked}: null, or a multiple of {step}, is asked")
+    return None if asked // patch == network.get("sample_size") else asked // patch
+
+
+def find_network(root: Path, key: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the UNet2DModel in `root`, and its config."""
     folder = root / "unet" if (root / "unet").is_dir() else root
-    channels = loading.read_config(folder, key, ("UNet2DModel",)).get("in_channels", 3)
+    config = loading.read_config(folder, key, ("UNet2DModel",))
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{key}: no weights in it (diffusion_pytorch_model.safetensors)")
-    return folder, channels
+    return folder, config
 
 
 def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:

@@ -1,0 +1,86 @@
+"""Run folders as tables and figures: mean ± standard deviation over seeds, and LML's gain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from lml.errors import UserError
+from lml.report import figures, results, tables, text
+from lml.store import disk_error, write_atomic
+
+
+def tabulate(cfg: DictConfig) -> Path:
+    """Write the study's results.csv and, of each metric, tables and figures; return the folder.
+
+    `cfg` (configs/tabulate.yaml) is the study's: its `name` is that of the folders, unless `runs`
+    or `out` say otherwise. Results of an older results.csv whose runs are no longer there are kept.
+    What could not be used is said on stderr and under the tables. UserError when there is no
+    finished run with anything to show, and when the folder cannot be written to.
+    """
+    runs = Path(cfg.runs or Path("outputs", str(cfg.name)))
+    if not runs.is_dir():
+        raise UserError(f"runs={runs}: no such folder; experiment=NAME of a study that was run")
+    notes = []
+    found = results.collect(runs, notes.append)
+    if not found:
+        for note in notes:
+            print(note, file=sys.stderr)
+        raise UserError(f"runs={runs}: no complete run with a metric or a time in it")
+    out = Path(cfg.out or Path("experiments", runs.name))
+    older = results.from_csv(out / "results.csv", found, notes.append)
+    known = results.merge(found, older, runs)
+    commands, cells = results.read_sweep(runs / "sweep.yaml", notes.append)
+    show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
+    metrics = results.choose(known, show)
+    for note in notes:
+        print(note, file=sys.stderr)
+
+    commands = commands or [f"python scripts/sample.py -m experiment={runs.name}"]
+    files = {}
+    rows = [r for r in known if r.metric in metrics or not results.is_timing(r.metric)]
+    files["results.csv"] = results.to_csv(rows)
+    if cells:
+        files["sweep.yaml"] = (runs / "sweep.yaml").read_bytes()
+    drawn, times = {}, []
+    for metric in metrics:
+        stem = metric.replace("/", "_")
+        chosen = [result for result in known if result.metric == metric]
+        table = tables.build(metric, chosen, cells)
+        if results.is_timing(metric):
+            times.append(table)
+            continue
+        warnings = sorted({f"Warning: {result.warning}." for result in chosen if result.warning})
+        files |= _texts(stem, table, commands, [*warnings, *notes])
+        drawn[stem] = figures.curves(table)
+        drawn[f"{stem}_map"] = figures.maps(table, chosen)
+        drawn[f"{stem}_steps"] = figures.steps(table, chosen)
+    for table in tables.times(times):
+        files |= _texts(f"timing_nfe{table.times_at}", table, commands, notes)
+    if not all(map(results.is_timing, metrics)):
+        drawn |= figures.strips(found, runs)
+    for stem, figure in drawn.items():
+        if figure is not None:
+            pictures = figures.encode(figure).items()
+            files |= {f"{stem}.{suffix}": data for suffix, data in pictures}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(out, error, "out") from None
+    for name, data in files.items():
+        write_atomic(out / name, data, "out")
+    print("\n".join(data for name, data in files.items() if name.endswith(".md")), end="")
+    return out
+
+
+def _texts(
+    stem: str, table: tables.Table, commands: Sequence[str], notes: Sequence[str]
+) -> dict[str, str]:
+    return {
+        f"{stem}.md": text.markdown(table, commands, notes),
+        f"{stem}.tex": text.latex(table),
+        f"{stem}.csv": text.to_csv(table),
+    }

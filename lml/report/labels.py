@@ -1,0 +1,69 @@
+"""What a table calls a setting: by what differs from the configs that ship today."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lml.data.assets import ROOT
+from lml.store import canonical
+
+OFF, DEFAULT, PUBLISHED = "off", "default", "published"
+
+
+@functools.cache
+def lml_label(options: str, solver: str, nfe: int) -> str:
+    """ "off", "default", "published", or what differs: "rank=3, damping=16".
+
+    `options` are those of the config group `lml`, as JSON.
+    """
+    ours = json.loads(options)
+    if not ours.get("rank"):
+        return OFF
+    changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in (DEFAULT, PUBLISHED)}
+    name = min(changes, key=lambda name: len(changes[name]))
+    base = [] if name == DEFAULT and changes[name] else [name]
+    return ", ".join([*base, *changes[name]])
+
+
+def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
+    # what it refers to: the published target is the solver's
+    around = {"lml": _load(f"lml/{name}"), "solver": _load(f"solver/{solver}"), "nfe": nfe}
+    return OmegaConf.to_container(OmegaConf.create(around), resolve=True)["lml"]
+
+
+@functools.cache
+def solver_label(name: str, options: str) -> str:
+    """The solver's name, and which of its `options` (scheduler and step, as JSON) are its own."""
+    config = _load(f"solver/{name}")
+    if not config:
+        return name
+    ours = json.loads(options)
+    scheduler, step = (_changes(ours[k], config.get(k) or {}) for k in ("scheduler", "step"))
+    return ", ".join([name, *scheduler, *step])
+
+
+def _load(name: str) -> dict[str, Any]:
+    file = ROOT / "configs" / f"{name}.yaml"
+    return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+
+
+def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    changed = []
+    for key in [*theirs, *(key for key in ours if key not in theirs)]:
+        a, b = ours.get(key, "unset"), theirs.get(key, "unset")
+        if canonical({"": a}) != canonical({"": b}):
+            changed.append(f"{key}={a:g}" if isinstance(a, float) else f"{key}={a}")
+    return changed
+
+
+def order(label: str) -> tuple[int, str]:
+    """Sorts LML's labels: off, published, default, and the others by their numbers."""
+    first = [OFF, PUBLISHED, DEFAULT]
+    padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
+    return (first.index(label) if label in first else len(first), padded)

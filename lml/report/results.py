@@ -1,0 +1,281 @@
+"""What run folders say: the rows of a study's results.csv."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from lml.errors import UserError, nearest
+from lml.files import file_hash
+from lml.store import canonical, is_edited, read_config, read_json, sealed
+
+Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
+STATUSES = ("done", "missing", "failed", "refused")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of one finished run, and all that a table says of it."""
+
+    run: str  # name of its folder
+    model: str
+    model_sha256: str  # 10 digits, of what determines the model, its weights and prompts included
+    size: str  # of the images, "32x32"
+    solver: str
+    solver_options: str  # JSON
+    grid: str
+    lml: str  # JSON; {"rank":0} when it is off
+    nfe: int
+    seed: int
+    num_images: int
+    dtype: str
+    metric: str  # "fd_cifar", "convergence/rmse", "timing/network"
+    value: float
+    protocol: str  # JSON
+    steps: str  # JSON: {"timestep": […], "value": […]}, where a metric says it step by step
+    warning: str
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that the study's sweep asks for."""
+
+    overrides: list[str]
+    run: str | None  # name of its folder
+    solver: str
+    grid: str
+    lml: dict[str, Any]
+    nfe: int
+    seed: int
+    num_images: int
+    model: str
+    dtype: str
+    status: str
+    reason: str | None
+
+
+def is_timing(metric: str) -> bool:
+    """Whether it comes from timing.json."""
+    return metric.startswith("timing/")
+
+
+# --- run folders -------------------------------------------------------------------------------
+
+
+def collect(folder: Path, say: Say) -> list[Result]:
+    """Every number of every complete run in the folders directly under `folder`.
+
+    What cannot be read, or was edited after it was written, is left out, and `say` is told.
+    """
+    results = []
+    for run in sorted(path.parent for path in folder.glob("*/manifest.json")):
+        manifest = read_json(run / "manifest.json")
+        if not manifest.get("complete"):
+            continue
+        if file_hash(run / "config.yaml") != manifest.get("config_sha256"):
+            say(f"{run / 'config.yaml'}: was edited after the run; the run is not used")
+            continue
+        setting = _setting(run, read_config(run))
+        sha256 = manifest["settings_sha256"]
+        timing = _read(run / "timing.json", say)
+        if is_edited(timing, sha256, "timing"):
+            say(f"{run / 'timing.json'}: was edited after it was written; not used")
+            timing = {}
+        values = list(_timing(timing, say, run / "timing.json"))
+        setting["images_per_second"] = timing.get("images_per_second", math.nan)
+        for name, entry in _read(run / "metrics.json", say).items():
+            if isinstance(entry, dict) and is_edited(entry, sha256, name):
+                say(f"{run / 'metrics.json'}: {name} was edited after it was written; not used")
+                continue
+            try:
+                values += _parts(name, entry)
+            except (TypeError, ValueError, KeyError, AttributeError):
+                say(f"{run / 'metrics.json'}: {name} is broken; not used")
+        results += [Result(**setting, **value) for value in values]
+    return results
+
+
+def _read(path: Path, say: Say) -> dict[str, Any]:
+    """The JSON object in `path`; {} without the file, and for a broken one, which is said."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        say(f"{path}: broken; not used")
+        return {}
+    return value
+
+
+def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    settings, lml = config["settings"], config["lml"]
+    model = {key: settings.get(key) for key in ("model", "prompts")}
+    solver = {key: config["solver"].get(key) or {} for key in ("scheduler", "step")}
+    return {
+        "run": run.name,
+        "model": config["model"]["name"],
+        "model_sha256": hashlib.sha256(canonical(model).encode()).hexdigest()[:10],
+        "size": _size(run),
+        "solver": config["solver"]["name"],
+        "solver_options": canonical(solver),
+        "grid": config["grid"].get("name", "default"),
+        "lml": canonical(lml if lml.get("rank") else {"rank": 0}),
+        **{key: config[key] for key in ("nfe", "seed", "num_images", "dtype")},
+    }
+
+
+def _size(run: Path) -> str:
+    try:
+        with Image.open(run / "images/000000.png") as image:
+            return f"{image.width}x{image.height}"
+    except OSError:  # a run's images may have been thrown away
+        return ""
+
+
+def _parts(name: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    protocol = {key: value for key, value in entry["protocol"].items() if key != "images"}
+    shared = {"protocol": canonical(protocol), "warning": str(entry.get("warning", ""))}
+    values = entry["value"] if isinstance(entry["value"], dict) else {"": entry["value"]}
+    steps = dict(entry.get("steps", {}))
+    timesteps = steps.pop("timestep", [])
+    along = {
+        part: canonical({"timestep": timesteps, "value": numbers})
+        for part, numbers in steps.items()
+    }
+    return [
+        {
+            "metric": "/".join(filter(None, (name, part))),
+            "value": float(value),
+            "steps": along.get(part, ""),
+            **shared,
+        }
+        for part, value in values.items()
+    ]
+
+
+def _timing(timing: Mapping[str, Any], say: Say, path: Path) -> Iterator[dict[str, Any]]:
+    """Milliseconds per image and evaluation, and their ratios."""
+    if not timing:
+        return
+    try:
+        evaluations = timing["images"] * timing["evaluations_per_image"]
+        parts = ("network", "correction", "solver")
+        network, correction, solver = (
+            1000 * timing["seconds"][part] / evaluations for part in parts
+        )
+        values = {
+            "network": network,
+            "correction": correction,
+            "solver": solver,
+            "scheduler": correction + solver,  # the whole step but for the network
+            "correction_share": correction / network,
+            "correction_to_solver": correction / solver,
+            "scheduler_share": (correction + solver) / network,
+        }
+        protocol = canonical({key: timing[key] for key in ("device", "threads", "processes")})
+    except (TypeError, KeyError, ZeroDivisionError):
+        say(f"{path}: broken; not used")
+        return
+    for name, value in values.items():
+        yield {
+            "metric": f"timing/{name}",
+            "value": float(value),
+            "protocol": protocol,
+            "steps": "",
+            "warning": "",
+        }
+
+
+def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
+    """The commands that make the study, and its cells, from sweep.yaml; nothing without one."""
+    if not path.exists():
+        return [], []
+    try:
+        # not by OmegaConf, to which the name of a run may be a number: 12345e6789
+        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = [field.name for field in fields(Cell)]
+        cells = [Cell(**{key: cell[key] for key in keys}) for cell in sweep["cells"]]
+        if not {cell.status for cell in cells} <= set(STATUSES):
+            raise ValueError
+        return [str(command) for command in sweep["commands"]], cells
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        say(f"{path}: broken; not used, so that no cell is known to be missing")
+        return [], []
+
+
+# --- results.csv -------------------------------------------------------------------------------
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """A line a result, sealed."""
+    buffer = io.StringIO()
+    columns = [*(field.name for field in fields(Result)), "seal"]
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        writer.writerow(sealed({key: str(value) for key, value in asdict(result).items()}))
+    return buffer.getvalue()
+
+
+def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
+    """The rows of an older results.csv whose seals hold; `say` is told of the others.
+
+    Not of those without a seal whose run is among those `found`: they are there anyway.
+    """
+    kinds = {"int": int, "float": float}
+    columns = {field.name: kinds.get(field.type, str) for field in fields(Result)}
+    results, older, runs = [], 0, {result.run for result in found}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                if set(reader.fieldnames) != {*columns, "seal"}:
+                    older += row.get("run") not in runs
+                elif is_edited(row):
+                    say(f"{path}: line {reader.line_num} was edited after it was written; not used")
+                else:
+                    results.append(Result(**{k: kind(row[k]) for k, kind in columns.items()}))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error):
+        say(f"{path}: broken; not used")
+        return []
+    if older:
+        say(f"{path}: {older} rows with other columns, of an older version; not used")
+    return results
+
+
+def merge(found: Sequence[Result], older: Sequence[Result], runs: Path) -> list[Result]:
+    """`found`, and those older results whose run is in no folder under `runs` any more."""
+    kept = [result for result in older if not (runs / result.run).is_dir()]
+    return sorted([*found, *kept], key=lambda result: (result.run, result.metric))
+
+
+def choose(results: Sequence[Result], names: Sequence[str] | None) -> list[str]:
+    """The metrics to show: `names` (or what they begin with), or all that were measured.
+
+    The times are among these only if there is nothing else. UserError for a name that no run has.
+    """
+    known = sorted({result.metric for result in results})
+    if names is None:
+        return [name for name in known if not is_timing(name)] or known
+    chosen = []
+    for name in [names] if isinstance(names, str) else names:
+        fitting = [metric for metric in known if name in (metric, metric.split("/")[0])]
+        if not fitting:
+            raise UserError(f"show={name}: in none of the runs; nearest: {nearest(name, known)}")
+        chosen += fitting
+    return list(dict.fromkeys(chosen))

@@ -1,0 +1,294 @@
+"""Tables: mean ± standard deviation over seeds, LML's gain over its own base, what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lml.report import labels
+from lml.report.labels import OFF
+from lml.report.results import Cell, Result, is_timing
+
+HIGHER_IS_BETTER = (
+    "inception_score",
+    "clip_score",
+    "image_reward",
+    "precision_recall",
+    "lpips_diversity",
+    *(f"ideal_direction/{part}" for part in ("prediction", "corrected", "step")),
+)
+
+
+class Group(NamedTuple):
+    """What must be the same in all that is compared or averaged."""
+
+    model: str
+    size: str
+    weights: str  # 10 digits of their sha256, and of the model's settings and prompts
+    images: int
+    dtype: str
+    protocol: str  # JSON
+
+
+class Row(NamedTuple):
+    """A setting, at any number of evaluations. The names are those that are shown."""
+
+    group: Group
+    solver: str
+    grid: str
+    lml: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A metric of one setting, by seed. Without values, `status` says why."""
+
+    values: Mapping[int, float]
+    num_images: int  # of each seed
+    status: str = ""
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; nan without any."""
+        return statistics.fmean(self.values.values()) if self.values else math.nan
+
+    @property
+    def std(self) -> float:
+        """Over the seeds; nan where nobody can say: one seed, or seeds that share noise."""
+        if len(self.values) < 2 or self.overlaps:
+            return math.nan
+        return statistics.stdev(self.values.values())
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether two seeds are so near that they begin from the same noise (seed + index)."""
+        pairs = itertools.pairwise(sorted(self.values))
+        return any(b - a < self.num_images for a, b in pairs)
+
+    def __str__(self) -> str:
+        if not self.values:
+            return self.status
+        spread = "" if math.isnan(self.std) else f" ± {self.std:.2g}"
+        return f"{self.mean:#.4g}".rstrip(".") + spread
+
+
+@dataclass
+class Table:
+    """One metric: its entries by row and number of evaluations, and notes to go under them.
+
+    Or several times at one number of evaluations: then the columns are the times.
+    """
+
+    metric: str
+    rows: dict[Row, dict[int | str, Entry]]
+    notes: list[str] = field(default_factory=list)
+    times_at: int | None = None
+
+    @property
+    def columns(self) -> list[int | str]:
+        """All numbers of evaluations (or all times)."""
+        return sorted({column for entries in self.rows.values() for column in entries})
+
+    @property
+    def higher(self) -> bool:
+        """Whether higher is better."""
+        name = self.metric
+        return name.startswith(HIGHER_IS_BETTER) or name.endswith("cosine")
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups, in the order of the rows."""
+        return list(dict.fromkeys(row.group for row in self.rows))
+
+    def base(self, row: Row, nfe: int) -> Entry | None:
+        """The entry that LML is off in, everything else being the same."""
+        entry = self.rows.get(row._replace(lml=OFF), {}).get(nfe)
+        return entry if row.lml != OFF and entry is not None and entry.values else None
+
+    def beats(self, entry: Entry, other: Entry) -> bool:
+        """Whether it is better by more than both spreads together; not where a spread is nan."""
+        gain = (entry.mean - other.mean) * (1 if self.higher else -1)
+        return gain > entry.std + other.std
+
+    def best(self, rows: Sequence[Row], nfe: int) -> Row | None:
+        """The one of the rows with the best mean."""
+        means = {row: self.rows[row][nfe].mean for row in rows if nfe in self.rows[row]}
+        means = {row: mean for row, mean in means.items() if not math.isnan(mean)}
+        return (max if self.higher else min)(means, key=means.get) if means else None
+
+    def bold(self) -> set[tuple[Row, int]]:
+        """The entries that beat every other setting of their column, where there is another."""
+        found = set()
+        if self.times_at is not None:  # to be the cheapest is no merit of LML off
+            return found
+        for group, nfe in itertools.product(self.groups, self.columns):
+            entries = {
+                row: columns[nfe]
+                for row, columns in self.rows.items()
+                if row.group == group and nfe in columns and columns[nfe].values
+            }
+            best = self.best(list(entries), nfe)
+            others = [entry for row, entry in entries.items() if row != best]
+            if best and others and all(self.beats(entries[best], other) for other in others):
+                found.add((best, nfe))
+        return found
+
+
+def change(entry: Entry, base: Entry) -> str:
+    """By how much `entry` differs from `base`, over the seeds that both have; "" without any.
+
+    In per cent, or plainly if the base is negative; "" if it is zero.
+    """
+    seeds = entry.values.keys() & base.values.keys()
+    if not seeds:
+        return ""
+    ours, theirs = (statistics.fmean(e.values[seed] for seed in seeds) for e in (entry, base))
+    if theirs == 0:
+        return ""
+    return f"{100 * (ours / theirs - 1):+.1f} %" if theirs > 0 else f"{ours - theirs:+.3g}"
+
+
+# --- from results to a table -------------------------------------------------------------------
+
+
+def row_of(result: Result) -> Row:
+    """Where it belongs."""
+    group = Group(
+        result.model,
+        result.size,
+        result.model_sha256,
+        result.num_images,
+        result.dtype,
+        result.protocol,
+    )
+    lml = labels.lml_label(result.lml, result.solver, result.nfe)
+    return Row(group, labels.solver_label(result.solver, result.solver_options), result.grid, lml)
+
+
+def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) -> Table:
+    """The table of one metric: the `results` that there are, the `cells` that there should be.
+
+    What is missing of a cell with several seeds is said in a note.
+    """
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    runs = {}
+    for result in results:
+        if result.metric == metric:
+            row = runs[result.run] = row_of(result)
+            found[row][result.nfe][result.seed].append(result.value)
+    notes = []
+    entries = defaultdict(dict)
+    for row, columns in found.items():
+        for nfe, seeds in columns.items():
+            values = {seed: statistics.fmean(seeds[seed]) for seed in sorted(seeds)}
+            # a time has a spread whatever the images are
+            entries[row][nfe] = Entry(values, 1 if is_timing(metric) else row.group.images)
+            if any(len(several) > 1 for several in seeds.values()):
+                notes.append(
+                    f"{name(row)} at {nfe} has several runs of one seed, which differ in what "
+                    "is no column here (batch_size, say): of these the mean is taken."
+                )
+    absent = [cell for cell in cells if cell.run not in runs]
+    for cell in absent:
+        columns = entries[_row_of_cell(cell, list(found))]
+        status = _status(cell)
+        columns.setdefault(cell.nfe, Entry({}, cell.num_images, status))
+    rows = dict(sorted(entries.items(), key=lambda item: order(item[0])))
+    table = Table(metric, rows, notes)
+    table.notes += [*_seed_notes(table), *_absence_notes(absent)]
+    return table
+
+
+def times(tables: Sequence[Table]) -> list[Table]:
+    """Tables of times as one for each number of evaluations, with a column for each time."""
+    made = {}
+    for table in tables:
+        time = table.metric.removeprefix("timing/")
+        time = time if "_" in time else f"{time} ms"
+        for row, entries in table.rows.items():
+            for nfe, entry in entries.items():
+                at = made.setdefault(nfe, Table("timing", {}, table.notes, times_at=nfe))
+                at.rows.setdefault(row, {})[time] = entry
+    return [made[nfe] for nfe in sorted(made)]
+
+
+def order(row: Row) -> tuple:
+    """What rows are sorted by."""
+    # "8x8" comes before "16x16", and a group of which little is known after those that have results
+    size = [int(side) for side in re.findall(r"\d+", row.group.size)]
+    return (not size, row.group._replace(size=size), row.solver, row.grid, labels.order(row.lml))
+
+
+def _row_of_cell(cell: Cell, rows: Sequence[Row]) -> Row:
+    """The row that the cell would be in; its group is known if there is one that fits."""
+    known = (cell.model, cell.num_images, cell.dtype)
+    groups = {r.group for r in rows if (r.group.model, r.group.images, r.group.dtype) == known}
+    group = Group(cell.model, "", "", cell.num_images, cell.dtype, "")
+    if len(groups) == 1:
+        (group,) = groups
+    lml = labels.lml_label(json.dumps(cell.lml), cell.solver, cell.nfe)
+    return Row(group, cell.solver, cell.grid, lml)
+
+
+def _status(cell: Cell) -> str:
+    return cell.status if cell.status in ("failed", "refused") else "missing"
+
+
+def _absence_notes(absent: Sequence[Cell], most: int = 5) -> Iterator[str]:
+    """What is not there, by what happened and why."""
+    kinds = defaultdict(list)
+    for cell in absent:
+        kinds[_status(cell), cell.reason or ""].append(" ".join(cell.overrides))
+    for (status, reason), names in sorted(kinds.items()):
+        more = f"; and {len(names) - most} more" if len(names) > most else ""
+        because = f": {reason.rstrip('.')}" if reason else ""
+        yield f"{status} ({len(names)}): {'; '.join(names[:most])}{more}{because}."
+
+
+def _seed_notes(table: Table) -> Iterator[str]:
+    everything = [
+        (r, n, entry) for r, columns in table.rows.items() for n, entry in columns.items()
+    ]
+    if any(entry.overlaps for _, _, entry in everything):
+        yield (
+            "Seeds that are less than num_images apart share noise (image i is made from seed + "
+            "i): of these no spread is given."
+        )
+    for row, nfe, entry in everything:
+        base = table.base(row, nfe)
+        if base is None or not entry.values or entry.values.keys() == base.values.keys():
+            continue
+        shared = sorted(entry.values.keys() & base.values.keys())
+        over = f"over seeds {', '.join(map(str, shared))}" if shared else "not known: no seed"
+        yield f"{name(row)} at {nfe}: the change is {over}, which its base has, too."
+
+
+def name(row: Row) -> str:
+    """The setting in a few words."""
+    grid = "" if row.grid == "default" else f" ({row.grid})"
+    return f"{row.solver}{grid}, LML {row.lml}"
+
+
+def varying(groups: Sequence[Group]) -> list[str]:
+    """The fields in which the groups differ, as far as they are known."""
+    values = {key: {getattr(group, key) for group in groups} for key in Group._fields}
+    keys = [key for key, known in values.items() if len(known - {""}) > 1]
+    # a number that nobody reads, where the others do
+    plain = [key for key in keys if key != "weights"]
+    return plain if len({tuple(describe(g, plain)) for g in groups}) == len(set(groups)) else keys
+
+
+def describe(group: Group, keys: Sequence[str]) -> list[str]:
+    """Those fields of the group, to be read."""
+    known = {**group._asdict(), "protocol": ""}
+    if group.protocol:
+        known["protocol"] = hashlib.sha256(group.protocol.encode()).hexdigest()[:6]
+    return [str(known[key]) for key in keys]
