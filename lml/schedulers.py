@@ -76,6 +76,8 @@ class LMLSchedulerMixin:
     """
 
     targets: tuple[str, ...] = ("prediction",)
+    correction_class: type[LMLCorrection] = LMLCorrection
+    may_diverge = False  # samples that are NaN or inf are a result, and no error
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -92,7 +94,7 @@ class LMLSchedulerMixin:
             options = {p.name: kwargs.pop(p.name, p.default) for p in PARAMETERS}
             self._check_target(options.pop("target"))
             # Before the parent's __init__: some set their timesteps there.
-            self.correction = LMLCorrection(
+            self.correction = self.correction_class(
                 **options, num_train_timesteps=self.config.num_train_timesteps
             )
             parent_init(self, *args, **kwargs)
