@@ -30,7 +30,7 @@ from diffusers import SchedulerMixin
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import make_grid
 
@@ -43,6 +43,7 @@ from lml.errors import UserError, nearest
 from lml.metrics.evaluate import Context, build, check_prompts, evaluate
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
+from lml.pipelines.trajectory import Replay, Trajectory, record
 from lml.store import (
     RunError,
     RunFolder,
@@ -395,7 +396,8 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
         if metrics:
             reference = partial(reference_run, config, device, observer)
             texts = on_first(partial(prompt_sets.find, folder.images))
-            context = Context(reference, device, prompts=texts)
+            again = partial(replay, config, device)
+            context = Context(reference, device, prompts=texts, replay=again)
             results = evaluate(folder.images, metrics, context=context)
             for name, result in results.items():
                 result["config_sha256"] = settings_hash(config["metrics"][name])
@@ -424,19 +426,28 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
     check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
+<<<<<<< HEAD
     reference, manifest = None, {}
     if run_dir is not None:
         images = Path(run_dir) / "images"
         reference = partial(reference_run, read_config(run_dir), device, observer)
         manifest = read_json(Path(run_dir) / "manifest.json")
         if not manifest.get("complete"):
+=======
+    reference = again = None
+    if run_dir is not None:
+        images = Path(run_dir) / "images"
+        reference = partial(reference_run, read_config(run_dir), device, observer)
+        again = partial(replay, read_config(run_dir), device)
+        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
+>>>>>>> wt-trajectory
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
     out = Path(out) if out else Path(run_dir or images) / "metrics.json"
     with processes():
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
-        context = Context(reference, device, config["batch_size"], texts)
+        context = Context(reference, device, config["batch_size"], texts, again)
         results = evaluate(images, config["metrics"], context=context)
         on_first(lambda: _keep(results, out, manifest.get("settings_sha256")))
         observer.scored(results)
@@ -477,6 +488,26 @@ def reference_run(
     }
     # Other jobs of a sweep may need the same reference at the same time.
     return generate(fine, device, observer, wait=True)[0].images
+
+
+def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Replay:
+    """The first `count` samples of the run `config` again: same noise, solver and LML, not stored.
+
+    In batches of the run's size, so that with `count` below it numbers may differ by rounding.
+    """
+    model = find(config["model"])
+    planned = plan(config, model, choose_prompts(config, model))
+    share, scheduler = Share(config, device, **vars(planned), stored=set()), planned.scheduler
+    sampler = share.sampler()
+
+    def batches() -> Iterator[Trajectory]:
+        rank, world = rank_and_world()
+        for block in share.blocks(count)[rank::world]:
+            with record(sampler.network, scheduler) as trajectory:
+                trajectory.images = share.images(sampler, block)
+            yield trajectory
+
+    return Replay(sampler.network, scheduler, scheduler.timesteps.tolist(), count, batches())
 
 
 def generate(
@@ -545,11 +576,10 @@ class Share:
 
     def make(self, observer: Observer) -> dict[str, Any]:
         """Make and store the images that are missing; returns the timing of all processes."""
-        count, size = self.cfg["num_images"], self.cfg["batch_size"]
         rank, world = rank_and_world()
-        blocks = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        blocks = self.blocks(self.cfg["num_images"])
         blocks = [block for block in blocks if not self.stored.issuperset(block)][rank::world]
-        sampler = self._sampler() if blocks else None
+        sampler = self.sampler() if blocks else None
         if sampler and self.prompts is not None and rank == 0:
             for line in sampler.cut(self.prompts.texts):
                 observer.say(line)
@@ -580,13 +610,14 @@ class Share:
 
         The network stays loaded, compiled for the size of batch that the run has.
         """
-        sampler, block = self._sampler(), range(min(self.cfg["batch_size"], self.cfg["num_images"]))
+        sampler, block = self.sampler(), range(min(self.cfg["batch_size"], self.cfg["num_images"]))
         replace(self, steps=min(2, self.steps))._batch(sampler, block, Stopwatch(self.device))
         start = time.perf_counter()
         self._batch(sampler, block, Stopwatch(self.device))
         return self.cfg["nfe"] * len(block) / (time.perf_counter() - start)
 
-    def _sampler(self) -> Sampler:
+    def sampler(self) -> Sampler:
+        """The loaded model; it is kept for the next run."""
         cfg = self.cfg
         options = (self.device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
         key = canonical({"config": cfg["model"], **self.model.settings, "options": str(options)})
@@ -607,15 +638,26 @@ class Share:
             f"of {self.device}; what takes less: {', '.join(less)}"
         )
 
+    def blocks(self, count: int) -> list[range]:
+        """The first `count` images in batches."""
+        size = self.cfg["batch_size"]
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
     def _batch(self, sampler: Sampler, block: range, watch: Stopwatch) -> np.ndarray:
+        with watch.measure("sampling"):
+            images = self.images(sampler, block)
+        return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    def images(self, sampler: Sampler, block: range) -> Tensor:
+        """Those of the numbers in `block`, (B, C, H, W) in about [-1, 1]."""
         seeds = [self.cfg["seed"] + i for i in block]
         prompts = None if self.prompts is None else self.prompts[block.start : block.stop].texts
         options = self.cfg["solver"].get("step") or {}
         name = self.cfg["attention"]
         attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
         try:
-            with watch.measure("sampling"), attention:
-                images = sampler(self.scheduler, self.steps, seeds, prompts, **options)
+            with attention:
+                return sampler(self.scheduler, self.steps, seeds, prompts, **options)
         except FloatingPointError as error:
             raise RunError(
                 f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
@@ -629,7 +671,6 @@ class Share:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
-        return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
     def _timing(
         self, watch: Stopwatch, images: int, seconds: float, guided: bool

@@ -41,6 +41,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from lml.correction import LMLCorrection
+from lml.ipndm import DiscreteIPNDMScheduler
+from lml.prediction import change_noise
 
 
 def _parameters() -> list[inspect.Parameter]:
@@ -74,6 +76,8 @@ class LMLSchedulerMixin:
     """
 
     targets: tuple[str, ...] = ("prediction",)
+    correction_class: type[LMLCorrection] = LMLCorrection
+    may_diverge = False  # samples that are NaN or inf are a result, and no error
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -90,7 +94,7 @@ class LMLSchedulerMixin:
             options = {p.name: kwargs.pop(p.name, p.default) for p in PARAMETERS}
             self._check_target(options.pop("target"))
             # Before the parent's __init__: some set their timesteps there.
-            self.correction = LMLCorrection(
+            self.correction = self.correction_class(
                 **options, num_train_timesteps=self.config.num_train_timesteps
             )
             parent_init(self, *args, **kwargs)
@@ -150,24 +154,11 @@ class LMLSchedulerMixin:
             # the second half of the channels is a learned variance
             mean, variance = model_output.split(channels, dim=1)
             return torch.cat([self._correct_prediction(mean, timestep, sample), variance], dim=1)
-        kind = self.config.get("prediction_type", "epsilon")
-        if kind not in ("v_prediction", "sample"):
-            return self.correction(model_output, timestep)
 
-        index = min(round(float(timestep)), len(self.alphas_cumprod) - 1)
-        alpha = self.alphas_cumprod[index].sqrt().item()
-        sigma = (1 - alpha**2) ** 0.5
-        x = self.scale_model_input(sample, timestep).to(
-            torch.promote_types(sample.dtype, torch.float32)
-        )
-        output = model_output.to(x.dtype)
-        if kind == "v_prediction":
-            noise, slope = alpha * output + sigma * x, 1 / max(alpha, 1e-8)
-        else:
-            noise, slope = (x - alpha * output) / max(sigma, 1e-8), -sigma / max(alpha, 1e-8)
-        # by its difference, so that what is not corrected stays as it is to the last bit
-        difference = self.correction(noise, timestep) - noise
-        return (output + slope * difference).to(model_output.dtype)
+        def correct(noise: Tensor) -> Tensor:
+            return self.correction(noise, timestep)
+
+        return change_noise(self, model_output, timestep, sample, correct)
 
     def _solve(self, step: Callable, arguments: dict):
         """The parent's output without the noise that it adds, and that noise."""
@@ -255,6 +246,10 @@ class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
 
 class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
     """Improved PNDM with LML; its own noise schedule, as in diffusers."""
+
+
+class LMLDiscreteIPNDMScheduler(LMLSchedulerMixin, DiscreteIPNDMScheduler):
+    """Improved PNDM (arXiv 2204.13902) on a DDPM's noise schedule, with LML."""
 
 
 class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):

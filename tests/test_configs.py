@@ -14,6 +14,7 @@ from PIL import Image
 
 from lml import runner
 from lml.data import cifar10
+from lml.errors import UserError
 from lml.pipelines import pixel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -48,13 +49,16 @@ def test_groups_that_are_offered_are_those_of_the_defaults():
 def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")
     more = []
-    if lml == "published" and solver in ("heun", "pndm", "ipndm", "dpmsolver_singlestep"):
-        more = ["lml.target=prediction"]  # the increment has no meaning for these
     schedule = "model.scheduler={_target_:diffusers.IPNDMScheduler}"
-    if solver == "ipndm":
+    if solver == "ipndm_diffusers":
         more += ["~model.scheduler", "+" + schedule]
     cfg = composed(f"solver={solver}", f"lml={lml}", f"model={model}", *more)
-    made = runner.make_scheduler(cfg, pixel.find(cfg["model"]))
+    found = pixel.find(cfg["model"])
+    if solver.endswith("_released") and lml == "default":
+        with pytest.raises(UserError, match=r"^lml\.anchor=history: the released code has ema"):
+            runner.make_scheduler(cfg, found)
+        return
+    made = runner.make_scheduler(cfg, found)
     assert isinstance(made, get_class(cfg["solver"]["scheduler"]["_target_"]))
     for key, value in {**cfg["lml"], **cfg["grid"], **cfg["solver"]["scheduler"]}.items():
         if key not in ("name", "_target_"):
@@ -62,12 +66,28 @@ def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     assert runner.find_steps(made, 5, solver) >= 1
 
 
-@pytest.mark.parametrize("solver", [s for s in names("solver") if s != "ipndm"])
+@pytest.mark.parametrize("solver", [s for s in names("solver") if s != "ipndm_diffusers"])
 def test_every_solver_runs(script, tmp_path, solver):
     model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")
-    outcome = script("sample", *TOY, f"model={model}", f"solver={solver}", "run_dir=run")
+    lml = "published" if solver.endswith("_released") else "default"
+    arguments = [f"model={model}", f"solver={solver}", f"lml={lml}", "run_dir=run"]
+    outcome = script("sample", *TOY, *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert len(list((tmp_path / "run/images").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "damping"),
+    [
+        (["nfe=5"], 8e-4),
+        (["nfe=20"], 5e-4),
+        (["nfe=100"], 5e-5),
+        (["nfe=11"], 1e-3),  # not in the authors' table
+        (["nfe=5", "lml.damping=5e-3"], 5e-3),
+    ],
+)
+def test_the_published_damping_goes_by_the_number_of_steps(arguments, damping):
+    assert composed("lml=published", *arguments)["lml"]["damping"] == damping
 
 
 @pytest.mark.parametrize("grid", names("grid"))
@@ -166,6 +186,8 @@ def test_an_experiment_begins_with_its_command_and_says_only_what_differs(file):
 @pytest.mark.parametrize("file", experiment_files(), ids=lambda file: file.stem)
 def test_every_experiment_runs_at_toy_size(script, tiny, tmp_path, file):
     """With its own model's class, solver and correction; metrics need networks of their own."""
+    if "ideal_cifar10" in file.read_text() and cifar10.find(None) is None:
+        pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     experiment = f"experiment={file.stem}"
     text = "sd" in file.stem  # its prompts are a file of the user's
     cfg = composed(experiment, *(["prompts=none"] if text else []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torchmetrics import Metric
 from lml.data.images import ImageFolder
 from lml.errors import UserError
 from lml.instances import make
+from lml.pipelines.trajectory import Replay
 
 
 @dataclass
@@ -25,13 +27,15 @@ class Context:
 
     `reference_run(nfe=…, solver=…)` repeats the run at hand with that many evaluations of that
     solver, from the same noise, and returns its folder of images; None for images without a run.
-    `prompts` are those of the images, in the order of their sorted names.
+    `prompts` are those of the images, in the order of their sorted names. `replay(count)` makes
+    the run's first images again and shows the way that they take.
     """
 
     reference_run: Callable[..., Path] | None = None
     device: str | torch.device = "cpu"
     batch_size: int = 256  # in whole batches of 64, which is what Inception sees
     prompts: list[str] | None = None
+    replay: Callable[[int], Replay] | None = None
 
 
 def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
@@ -68,13 +72,15 @@ def evaluate(
     """Feed all images to all metrics in one pass, and return by name what each one says.
 
     That is `value` (a float, or a dict of floats), `protocol`, `seconds` and, for fewer images than
-    the metric's protocol asks for, `warning`. Under torch.distributed every process reads its share
-    of the fixed batches, and all return the numbers of one process.
+    the metric's protocol asks for, `warning`. What a metric computes under the name `steps` (lists
+    of numbers, one a step, null where there is none) goes beside its value. Under torch.distributed
+    every process reads its share of the fixed batches, and all return the numbers of one process.
 
     A metric is updated with uint8 (B, 3, H, W). One that has `reference_folder(reference_run)` is
     given the images of the same names in that folder as second argument, and one whose
-    `needs_prompts` is true the images' prompts, a list of B strings. It may carry a `protocol` and
-    a `num_images`. Raises UserError for an empty folder, and for a broken file or one of
+    `needs_prompts` is true the images' prompts, a list of B strings. One that has `trajectories`,
+    a number, is updated once, with the replay of as many images. It may carry a `protocol` and a
+    `num_images`. Raises UserError for an empty folder, and for a broken file or one of
     another size, by its name.
     """
     context = context or Context()
@@ -96,14 +102,22 @@ def evaluate(
         seconds[name] = 0.0
         if hasattr(metric, "reference_folder"):
             references[name] = _paired(folder, metric.reference_folder(context.reference_run), name)
+        if hasattr(metric, "trajectories") and context.replay is None:
+            raise UserError(f"metrics=[{name}]: needs a run to make again; give run_dir=FOLDER")
+    replayed = {name: m for name, m in made.items() if hasattr(m, "trajectories")}
+    scoring = {name: m for name, m in made.items() if name not in replayed}
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     error = None
     try:
-        blocks = folder.blocks(context.batch_size)[rank::world]
+        for name, metric in replayed.items():
+            start = time.perf_counter()
+            metric.update(context.replay(min(metric.trajectories, len(folder))))
+            seconds[name] += time.perf_counter() - start
+        blocks = folder.blocks(context.batch_size)[rank::world] if scoring else []
         for block, batch in zip(blocks, folder.load_blocks(blocks), strict=True):
             batch = batch.to(device)
-            for name, metric in made.items():
+            for name, metric in scoring.items():
                 start = time.perf_counter()
                 paired = (references[name].load(block).to(device),) if name in references else ()
                 texts = ([prompts[file] for file in block],) if name in prompted else ()
@@ -117,6 +131,10 @@ def evaluate(
     for name, metric in made.items():
         start = time.perf_counter()
         value = _floats(metric.compute())
+        # not in the value, so that a table of it is one of few numbers
+        steps = (
+            {"steps": value.pop("steps")} if isinstance(value, dict) and "steps" in value else {}
+        )
         seconds[name] += time.perf_counter() - start
         protocol = getattr(metric, "protocol", {"metric": type(metric).__name__})
         if name in prompted:
@@ -126,6 +144,7 @@ def evaluate(
             "value": value,
             "protocol": {**protocol, "images": len(folder)},
             "seconds": round(seconds[name], 3),
+            **steps,
         }
         if len(folder) < getattr(metric, "num_images", 0):
             results[name]["warning"] = (
@@ -145,9 +164,11 @@ def _paired(folder: ImageFolder, path: Path, name: str) -> ImageFolder:
     return reference
 
 
-def _floats(value: Any) -> float | dict[str, float]:
+def _floats(value: Any) -> float | list[float | None] | dict[str, Any]:
     if isinstance(value, Mapping):
         return {name: _floats(v) for name, v in value.items()}
+    if isinstance(value, Tensor) and value.ndim:
+        return [None if math.isnan(number) else number for number in value.tolist()]
     return float(value.item() if isinstance(value, Tensor) else value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -20,8 +21,11 @@ from lml.pipelines import loading
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] to 0 ... 255: round(127.5 x + 127.5), clamped. The project's one rule for it."""
-    return (127.5 * x.float() + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """[-1, 1] to 0 ... 255: round(127.5 x + 127.5), clamped. The project's one rule for it.
+
+    NaN is 0, as in the images that diffusers' own pipelines store.
+    """
+    return (127.5 * x.float() + 127.5).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
 
 
 class SpaceToDepth(nn.Module):
@@ -217,7 +221,8 @@ def sample(
 
     The solver works in float32 (or float64, if the network does), whatever the network's type.
     `generators` feed solvers that add noise; `step_options` go to `scheduler.step`. Raises
-    FloatingPointError, naming step and timestep, when the network returns NaN or inf.
+    FloatingPointError, naming step and timestep, when the network returns NaN or inf, unless the
+    solver is one that `may_diverge`.
     """
     device, dtype = network.device, network.dtype
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -228,7 +233,12 @@ def sample(
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     x = noise.to(device, torch.promote_types(dtype, torch.float32))
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-    with loading.finite_outputs(network, lambda: scheduler.timesteps):
+    may_diverge = getattr(scheduler, "may_diverge", False)
+    with (
+        contextlib.nullcontext()
+        if may_diverge
+        else loading.finite_outputs(network, lambda: scheduler.timesteps)
+    ):
         for t in scheduler.timesteps:
             inputs = scale(x, t).to(dtype, memory_format=memory_format)
             output = network(inputs, t.to(device), return_dict=False)[0].to(x.dtype)

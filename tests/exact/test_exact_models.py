@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ from torch.testing import assert_close
 
 from lml.data import cifar10
 from lml.errors import UserError
-from lml.exact import Gaussian
+from lml.exact import ExactModel, Gaussian
 
-from .conftest import SHAPE, levels
+from .conftest import SHAPE, gaussian, levels
 
 # 450: where the samples of these problems stand between the modes.
 TIMESTEPS = [0, 3.25, 100, 450, 999]
@@ -224,3 +225,22 @@ def test_random_problems_are_their_seed():
     for seed, same in ((5, True), (6, False)):
         a, b = Gaussian.random(4, seed=5), Gaussian.random(4, seed=seed)
         assert torch.equal(a.covariance, b.covariance) == same
+
+
+@pytest.mark.parametrize("ends", [(999, 700), (600, 200), (200, 0), (0, 999)])
+def test_flow_is_converged(problem, ends):
+    """Against itself at a hundredth of the tolerance, on the Gaussian against its closed form."""
+    model, x = problem.make(), problem.sample(ends[0])
+    flow = partial(ExactModel.flow, model)
+    solution = model.flow(x, *ends) if isinstance(model, Gaussian) else flow(x, *ends, 1e-6)
+    assert (flow(x, *ends) - solution).square().mean().sqrt() < 3e-3
+    assert_close(flow(x.float(), *ends), solution.float(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("flow_matching", [False, True])
+def test_flow_at_a_tight_tolerance_is_the_closed_form(flow_matching):
+    problem = gaussian()
+    schedule = FlowMatchEulerDiscreteScheduler() if flow_matching else None
+    model, x = problem.make(scheduler=schedule), problem.sample(600)
+    expected = model.flow(x, 900, 100)
+    assert_close(ExactModel.flow(model, x, 900, 100, 1e-9), expected, rtol=1e-7, atol=1e-7)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lml import schedulers
 from lml.exact import Gaussian
+from lml.ipndm import DiscreteIPNDMScheduler
 
 # diffusers means to drop algorithm_type="dpmsolver", and says so at every construction
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -37,10 +38,13 @@ USUAL = {
 
 
 def make(name: str, options: dict, prefix: str = "") -> SchedulerMixin:
-    """diffusers' scheduler `name`, or with the `prefix` LML ours, with the `USUAL` options."""
-    known = inspect.signature(getattr(diffusers, f"{name}Scheduler").__init__).parameters
+    """The scheduler `name`, or with the `prefix` LML the one with LML, with `USUAL` options."""
+    parent = DiscreteIPNDMScheduler
+    if name != "DiscreteIPNDM":
+        parent = getattr(diffusers, f"{name}Scheduler")
+    known = inspect.signature(parent.__init__).parameters
     usual = {key: value for key, value in USUAL.items() if key in known}
-    cls = getattr(schedulers if prefix else diffusers, f"{prefix}{name}Scheduler")
+    cls = getattr(schedulers, f"{prefix}{name}Scheduler") if prefix else parent
     return cls(**usual | options)
 
 
@@ -149,6 +153,7 @@ SOLVERS = {
     # IPNDM loses nothing by its start with a first-order step, an error of h² once.
     "pndm": ("PNDM", {}, 2),
     "ipndm": ("IPNDM", {}, 2),
+    "discrete-ipndm": ("DiscreteIPNDM", {}, 2),
     # DPM-Solver of order k has order k (arXiv 2206.00927), DPM-Solver++ too (arXiv 2211.01095).
     "dpmsolver-1m": (*dpm("Multi", 1, "dpmsolver"), 1),
     "dpmsolver-2m": (*dpm("Multi", 2, "dpmsolver"), 2),

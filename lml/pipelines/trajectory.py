@@ -1,0 +1,71 @@
+"""What happens along a run's trajectories, written down as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from lml.exact import ExactModel
+
+
+@dataclass
+class Trajectory:
+    """The way of a batch of B samples, from noise to images.
+
+    Every tensor is (B, C, H, W). `evaluations`: at each call of an exact model the timestep and
+    the x_t that it was given, of noise σ and signal α; of other networks nothing. `corrections`:
+    at each step that LML corrects the timestep, g and g'. `images`: in about [-1, 1].
+    """
+
+    evaluations: list[tuple[float, Tensor]] = field(default_factory=list)
+    corrections: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
+class Replay:
+    """The first `count` samples of a run, made again and watched.
+
+    `timesteps` are those of the network's evaluations, `batches` this process's share of the
+    samples, each made when it is asked for.
+    """
+
+    network: nn.Module
+    scheduler: SchedulerMixin
+    timesteps: list[float]
+    count: int
+    batches: Iterable[Trajectory]
+
+
+@contextmanager
+def record(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[Trajectory]:
+    """A `Trajectory` to which what `network` and `scheduler` do inside is written, but the images.
+
+    `scheduler` has to be the object that is used, and not a copy.
+    """
+    trajectory = Trajectory()
+
+    def evaluated(_: nn.Module, args: tuple, output: Any) -> None:
+        sample, timestep = args[:2]
+        trajectory.evaluations.append((float(timestep), sample))
+
+    def corrected(_: nn.Module, args: tuple, output: Tensor) -> None:
+        direction, timestep = args
+        trajectory.corrections.append((float(timestep), direction, output))
+
+    hooks = []
+    if isinstance(network, ExactModel):
+        hooks.append(network.register_forward_hook(evaluated))
+    if isinstance(correction := getattr(scheduler, "correction", None), nn.Module):
+        hooks.append(correction.register_forward_hook(corrected))
+    try:
+        yield trajectory
+    finally:
+        for hook in hooks:
+            hook.remove()

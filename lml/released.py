@@ -1,0 +1,62 @@
+"""The authors' arithmetic, step by step as they released it: to be audited, not to be used.
+
+Their `lm_correct` and `DDIMLMScheduler` (github.com/zituitui/LML-diffusion-sampler) evaluate, in
+the type of the tensors at hand,
+
+    u = kappa g_previous + (1 - kappa) g            g itself at the first step
+    d = g - u (u.g) / (lambda + |u|^2)              lambda absolute
+    g' = d |g| / |d|
+
+At kappa = 0, which is what they publish, d is g lambda / (lambda + |g|^2): parallel to g, and as
+the difference of two numbers that agree in all digits but their rounding, in float32 mostly that.
+`lml.correction` is the same method in arithmetic that holds.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lml import schedulers
+from lml.correction import LMLCorrection
+
+
+class ReleasedCorrection(LMLCorrection):
+    """`LMLCorrection` with the released arithmetic; it may return NaN.
+
+    Raises:
+        ValueError: an option that the released code does not have.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        fixed = {"anchor": "ema", "damping_scale": "absolute", "norm_preserving": True}
+        for name, value in fixed.items():
+            if self.rank and getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)}: the released code has {value}")
+
+    def _correct(self, anchors: list[Tensor], direction: Tensor, timestep) -> Tensor:
+        if self._frozen(timestep):
+            return direction
+        axes = tuple(range(1, direction.ndim))
+        g = u = direction
+        if anchors:
+            u = self.kappa * anchors[-1] + (1 - self.kappa) * g
+        square = (g * g).sum(axes, keepdim=True)
+        d = g - u * (g * u).sum(axes, keepdim=True) / (
+            self.damping + (u * u).sum(axes, keepdim=True)
+        )
+        return d * square.sqrt() / (d * d).sum(axes, keepdim=True).sqrt()
+
+
+class ReleasedDDIMScheduler(schedulers.LMLDDIMScheduler):
+    """The authors' `ddim_lm`, with target=direction."""
+
+    correction_class = ReleasedCorrection
+    may_diverge = True
+
+
+class ReleasedDPMSolverMultistepScheduler(schedulers.LMLDPMSolverMultistepScheduler):
+    """The authors' `dpm_lm`, with target=increment."""
+
+    correction_class = ReleasedCorrection
+    may_diverge = True
