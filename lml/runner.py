@@ -364,8 +364,8 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     check(config)
     device = use_device(config["device"], config["threads"])
     with processes():
+        check_prompts(config["metrics"], bool(config["prompts"]))
         metrics = build(config["metrics"])  # before any work, since it may be a typo
-        check_prompts(metrics, bool(config["prompts"]))
         check_count(metrics, config["num_images"])
         latents = any(getattr(metric, "takes_latents", False) for metric in metrics.values())
         folder, timing = generate(config, device, observer, latents=latents)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from hydra.utils import get_object
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -51,14 +52,26 @@ def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     return made
 
 
-def check_prompts(metrics: Mapping[str, Metric], available: bool) -> None:
-    """Raise UserError when one of the metrics needs prompts and there are none."""
-    for name, metric in metrics.items():
-        if getattr(metric, "needs_prompts", False) and not available:
+def check_prompts(metrics: Mapping[str, Any], available: bool) -> None:
+    """Raise UserError when one of the metrics needs prompts and there are none.
+
+    `metrics` as `build` takes them: what needs no prompts is found out without its network.
+    """
+    for name, metric in (metrics or {}).items():
+        if _needs_prompts(metric) and not available:
             raise UserError(
                 f"metrics=[{name}]: needs prompts; give prompts=text prompts.file=FILE, "
                 "or a run that was made from prompts"
             )
+
+
+def _needs_prompts(metric: Any) -> bool:
+    if isinstance(metric, Mapping):
+        try:
+            metric = get_object(str(metric.get("_target_")))
+        except Exception:  # Hydra wraps whatever the import raised; `build` will say it
+            return False
+    return getattr(metric, "needs_prompts", False)
 
 
 def check_count(metrics: Mapping[str, Metric], count: int) -> None:
@@ -106,12 +119,12 @@ def evaluate(
     # torchmetrics sums features in float64, which Apple's GPUs don't have
     device = "cpu" if torch.device(context.device).type == "mps" else context.device
     seconds, references, latents = {}, {}, set()
+    check_prompts(metrics, context.prompts is not None)
     made = build(metrics)
     for name, metric in made.items():
         with _memory(name, device, 0):
             metric.to(device)
-    check_prompts(made, context.prompts is not None)
-    prompted = [name for name, metric in made.items() if getattr(metric, "needs_prompts", False)]
+    prompted = [name for name, metric in made.items() if _needs_prompts(metric)]
     if prompted and len(context.prompts) != len(folder):
         raise UserError(
             f"metrics=[{prompted[0]}]: {len(context.prompts)} prompts for the {len(folder)} images "

@@ -248,6 +248,17 @@ def test_a_run_without_prompts_is_told_before_any_image_is_made(script, toy, mon
     assert outcome.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("metric", ["clip_score", "image_reward"])
+def test_missing_prompts_are_told_before_missing_weights(script, toy, data, tmp_path, metric):
+    toy = [a for a in toy if a != "metrics=none"]
+    runs = ["sample", *toy, "run_dir=run"], ["evaluate", f"images={data / 'images'}"]
+    for arguments in runs:
+        outcome = script(*arguments, f"metrics=[{metric}]")
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
+        assert outcome.err.startswith(f"metrics=[{metric}]: needs prompts; give prompts=text")
+    assert not (tmp_path / "run").exists()
+
+
 WORKER = textwrap.dedent(
     """
     import json, sys
