@@ -37,10 +37,10 @@ from torchvision.utils import make_grid
 from lml import __version__
 from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
-from lml.data.images import read
+from lml.data.images import LATENTS, read
 from lml.device import use_device
 from lml.errors import UserError, nearest
-from lml.metrics.evaluate import Context, build, check_prompts, evaluate
+from lml.metrics.evaluate import Context, build, check_count, check_prompts, evaluate
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
 from lml.pipelines.trajectory import Replay, Trajectory, record
@@ -389,12 +389,14 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     check(config)
     device = use_device(config["device"], config["threads"])
     with processes():
+        check_prompts(config["metrics"], bool(config["prompts"]))
         metrics = build(config["metrics"])  # before any work, since it may be a typo
-        check_prompts(metrics, bool(config["prompts"]))
-        folder, timing = generate(config, device, observer)
+        check_count(metrics, config["num_images"])
+        latents = any(getattr(metric, "takes_latents", False) for metric in metrics.values())
+        folder, timing = generate(config, device, observer, latents=latents)
         observer.finish(folder, timing)
         if metrics:
-            reference = partial(reference_run, config, device, observer)
+            reference = partial(reference_run, config, device, observer, latents=latents)
             texts = on_first(partial(prompt_sets.find, folder.images))
             again = partial(replay, config, device)
             context = Context(reference, device, prompts=texts, replay=again)
@@ -426,31 +428,26 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
     check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
-<<<<<<< HEAD
-    reference, manifest = None, {}
+    reference, again, manifest = None, None, {}
     if run_dir is not None:
         images = Path(run_dir) / "images"
-        reference = partial(reference_run, read_config(run_dir), device, observer)
+        latents = (Path(run_dir) / LATENTS).is_dir()
+        reference = partial(reference_run, read_config(run_dir), device, observer, latents=latents)
+        again = partial(replay, read_config(run_dir), device)
         manifest = read_json(Path(run_dir) / "manifest.json")
         if not manifest.get("complete"):
-=======
-    reference = again = None
-    if run_dir is not None:
-        images = Path(run_dir) / "images"
-        reference = partial(reference_run, read_config(run_dir), device, observer)
-        again = partial(replay, read_config(run_dir), device)
-        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
->>>>>>> wt-trajectory
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
     out = Path(out) if out else Path(run_dir or images) / "metrics.json"
+    if Path(images).is_dir() and not os.access(out.parent, os.W_OK):
+        raise UserError(f"out={out}: {out.parent} cannot be written to; give out=FILE elsewhere")
     with processes():
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts, again)
         results = evaluate(images, config["metrics"], context=context)
+        observer.scored(results)  # first: should the disk be full, they have been seen
         on_first(lambda: _keep(results, out, manifest.get("settings_sha256")))
-        observer.scored(results)
     return out
 
 
@@ -467,9 +464,11 @@ def reference_run(
     observer: Observer,
     nfe: int = 200,
     solver: str = "dpmsolverpp",
+    latents: bool = False,
 ) -> Path:
     """The images that the run `config` approximates: same noise, `nfe` evaluations, LML off.
 
+    With `latents`, those are beside them, if the model has any.
     They are made under outputs/reference, or found there. Returns their folder.
     """
     folder = ROOT / "configs/solver"
@@ -487,7 +486,7 @@ def reference_run(
         "nfe": nfe,
     }
     # Other jobs of a sweep may need the same reference at the same time.
-    return generate(fine, device, observer, wait=True)[0].images
+    return generate(fine, device, observer, wait=True, latents=latents)[0].images
 
 
 def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Replay:
@@ -511,21 +510,28 @@ def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Repla
 
 
 def generate(
-    cfg: Mapping[str, Any], device: torch.device, observer: Observer, wait: bool = False
+    cfg: Mapping[str, Any],
+    device: torch.device,
+    observer: Observer,
+    wait: bool = False,
+    latents: bool = False,
 ) -> tuple[RunFolder, dict[str, Any]]:
     """The run folder with all its images, and the timing of those made now ({} if none was).
 
-    With `wait`, a process that makes the same run is let finish, and not an error.
+    With `wait`, a process that makes the same run is let finish, and not an error. With `latents`,
+    those that images were decoded from are kept beside them, if the model has any.
     """
     rank, _ = rank_and_world()
     model = find(cfg["model"])
     planned = plan(cfg, model, choose_prompts(cfg, model))
     folder, count = planned.folder, cfg["num_images"]
-    stored = on_first(partial(_open, folder, cfg, observer, wait))
+    latents = latents and model.has_latents
+    stored = on_first(partial(_open, folder, cfg, observer, wait, latents))
     try:
         timing = {}
         if len(stored) < count:
-            timing = Share(cfg, device, **vars(planned), stored=stored).make(observer)
+            share = Share(cfg, device, **vars(planned), stored=stored, latents=latents)
+            timing = share.make(observer)
         if rank == 0:
             _finish(folder, count, planned.prompts, timing)
         return folder, timing
@@ -544,7 +550,9 @@ def generate(
             folder.close()
 
 
-def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: bool) -> set[int]:
+def _open(
+    folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: bool, latents: bool
+) -> set[int]:
     folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"], wait)
     try:
         stored, broken = folder.survey(cfg["num_images"])
@@ -555,7 +563,8 @@ def _open(folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: b
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         names = ", ".join(broken[:5])
         observer.say(f"{folder.images}: broken or not this run's, made again: {names}{more}")
-    return stored
+    # An image whose latents are asked for and were not kept is made again, the same.
+    return {i for i in stored if not latents or folder.latents_path(i).exists()}
 
 
 _loaded: dict[str, Sampler] = {}  # the last one: the runs of a sweep share it, compiled
@@ -573,6 +582,7 @@ class Share:
     steps: int
     folder: RunFolder
     stored: set[int]
+    latents: bool = False  # keep them, too
 
     def make(self, observer: Observer) -> dict[str, Any]:
         """Make and store the images that are missing; returns the timing of all processes."""
@@ -596,9 +606,12 @@ class Share:
             for block in blocks:
                 # A block is made whole, even if one image is missing: its composition is fixed.
                 pixels = self._batch(sampler, block, watch)
+                latents = [None] * len(block)
+                if self.latents:
+                    latents = sampler.latents.float().cpu().numpy()
                 with watch.measure("writing"):
-                    made = zip(block, pixels, strict=True)
-                    writer.submit((i, image) for i, image in made if i not in self.stored)
+                    made = zip(block, pixels, latents, strict=True)
+                    writer.submit(image for image in made if image[0] not in self.stored)
                 observer.made(len(block))
             with watch.measure("writing"):
                 writer.wait()

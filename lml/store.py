@@ -2,6 +2,7 @@
 
     config.yaml         the configuration, the settings that determine the images, provenance
     images/000000.png   sealed: a text chunk says which run and index the pixels belong to
+    latents/000000.npy  float32, where a metric asked for them
     manifest.json       what is complete, and the sha256 of config and images
     metrics.json        what the metrics say, each sealed, so that an edit by hand is noticed
     timing.json         sealed, too
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from PIL import Image, PngImagePlugin
 
+from lml.data.images import LATENTS, latents_path
 from lml.errors import UserError
 from lml.files import file_hash
 
@@ -181,6 +183,8 @@ class RunFolder:
         written = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
         for name in written:
             (self.path / name).unlink(missing_ok=True)
+        for file in (self.path / LATENTS).glob("*.npy"):
+            file.unlink()
 
     def image_path(self, index: int) -> Path:
         """Where image `index` is stored."""
@@ -192,8 +196,19 @@ class RunFolder:
         digest.update(np.ascontiguousarray(pixels))
         return digest.hexdigest()
 
-    def write_image(self, index: int, pixels: np.ndarray) -> None:
-        """Store uint8 `pixels` (H, W, C) with C = 1 or 3, sealed."""
+    def latents_path(self, index: int) -> Path:
+        """Where the latents that image `index` was decoded from are stored, if they are."""
+        return latents_path(self.image_path(index))
+
+    def write_image(
+        self, index: int, pixels: np.ndarray, latents: np.ndarray | None = None
+    ) -> None:
+        """Store uint8 `pixels` (H, W, C) with C = 1 or 3, sealed; before them the latents."""
+        if latents is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, latents)
+            self.latents_path(index).parent.mkdir(exist_ok=True)
+            write_atomic(self.latents_path(index), buffer.getvalue())
         text = PngImagePlugin.PngInfo()
         text.add_text(SEAL, self.seal(index, pixels))
         buffer = io.BytesIO()
@@ -267,8 +282,8 @@ class Writer:
         self._pool = ThreadPoolExecutor(threads)
         self._pending = []
 
-    def submit(self, images: Iterable[tuple[int, np.ndarray]]) -> None:
-        """Queue uint8 images (H, W, C) by index, once what was queued before is on the disk."""
+    def submit(self, images: Iterable[tuple[int, np.ndarray, np.ndarray | None]]) -> None:
+        """Queue images as `RunFolder.write_image` takes them, once those before are on the disk."""
         self.wait()
         self._pending = [self._pool.submit(self.folder.write_image, *image) for image in images]
 

@@ -64,7 +64,7 @@ if __name__ == "__main__":
 """
 
 
-def launch(script: Path, *arguments: str, cwd: Path, seconds: float = 300):
+def launch(script: Path, *arguments: str, cwd: Path, seconds: float = 900):
     """Run a script in `cwd`, without anything on the path but what it puts there itself."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(

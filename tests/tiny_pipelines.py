@@ -241,6 +241,8 @@ def latent(folder: Path) -> None:
         ),
         "scheduler": DDIMScheduler(**SCHEDULE, clip_sample=False),
     }
+    # codes as far apart as latents are, or all latents would have the same ones
+    torch.nn.init.normal_(parts["vqvae"].quantize.embedding.weight)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
 

@@ -18,12 +18,16 @@ from torch import Tensor
 from lml.errors import UserError
 
 SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
-MODES = ("RGB", "L", "P", "1")
+MODES = ("RGB", "L", "P", "1", "RGBA", "LA")  # the last two where they are opaque
 READERS = 4  # threads that decode
+LATENTS = "latents"  # a folder beside a run's images
 
 
 def read(path: Path) -> Tensor:
-    """The image in `path` as uint8 (3, H, W). UserError when it is broken or not 8 bits of RGB."""
+    """The image in `path` as uint8 (3, H, W).
+
+    UserError when it is broken, not 8 bits of grey or RGB, or transparent somewhere.
+    """
     return decode(path, str(path))
 
 
@@ -31,13 +35,24 @@ def decode(file: Path | io.BytesIO, name: str) -> Tensor:
     """The image in `file`, called `name` in errors, as uint8 (3, H, W). Errors as for `read`."""
     try:
         with Image.open(file) as image:
-            mode, pixels = image.mode, np.array(image.convert("RGB"))
+            return to_tensor(image, name)
+    except UserError:
+        raise
     except Exception as error:  # a broken file raises whatever its decoder stumbled on
         reason = str(error).replace(repr(file), "the file")
         raise UserError(f"{name}: not a readable image ({reason})") from None
-    if mode not in MODES:
-        raise UserError(f"{name}: pixels of type {mode}; one of {', '.join(MODES)} is allowed")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_tensor(image: Image.Image, name: str) -> Tensor:
+    """`image`, called `name` in errors, as uint8 (3, H, W). Errors as for `read`."""
+    if image.mode not in MODES:
+        modes = ", ".join(MODES)
+        raise UserError(f"{name}: pixels of type {image.mode}; one of {modes} is allowed")
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        lowest, _ = image.convert("RGBA").getextrema()[3]
+        if lowest < 255:
+            raise UserError(f"{name}: transparent in places; nobody says what is behind them")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def stamp(files: Iterable[Path]) -> str:
@@ -47,6 +62,11 @@ def stamp(files: Iterable[Path]) -> str:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def latents_path(image: Path) -> Path:
+    """Where the latents that a run's image was decoded from lie, if they were kept."""
+    return image.parents[1] / LATENTS / f"{image.stem}.npy"
 
 
 class ImageFolder:
@@ -66,7 +86,10 @@ class ImageFolder:
 
     def _list(self, key: str) -> list[str]:
         if not self.path.is_dir():
-            raise UserError(f"{key}={self.path}: no such folder")
+            reason = (
+                "a file; a folder of images is asked" if self.path.exists() else "no such folder"
+            )
+            raise UserError(f"{key}={self.path}: {reason}")
         return sorted(
             file.name
             for file in self.path.iterdir()

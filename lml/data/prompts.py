@@ -122,7 +122,8 @@ def text(file: str | Path) -> PromptSet:
 def table(file: str | Path, column: str = "prompt") -> PromptSet:
     """One column of a CSV, TSV (both with a header) or JSONL file, UTF-8; empty cells don't count.
 
-    Cells may be quoted, and then hold separators, quotes and line breaks.
+    Cells may be quoted, and then hold separators, quotes and line breaks. A TSV file that is not
+    well quoted is read as one without quoting.
     """
     label = f"prompts.file={file}"
     path = locate(file)
@@ -270,14 +271,25 @@ def _read_jsonl(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def _read_csv(path: Path, label: str) -> Iterator[tuple[int, dict[str, str]]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    content = io.StringIO(_read(path, label), newline="")
-    reader = csv.reader(content, delimiter=delimiter, strict=True)
+def _read_csv(path: Path, label: str) -> list[tuple[int, dict[str, str]]]:
+    content = _read(path, label)
+    try:
+        if path.suffix.lower() == ".csv":
+            return _rows(content, ",", csv.QUOTE_MINIMAL)
+        try:
+            return _rows(content, "\t", csv.QUOTE_MINIMAL)
+        except csv.Error:  # PartiPrompts, say, has quotes that are its prompts' own
+            return _rows(content, "\t", csv.QUOTE_NONE)
+    except csv.Error as error:
+        raise UserError(f"{label}: {error}") from None
+
+
+def _rows(content: str, delimiter: str, quoting: int) -> list[tuple[int, dict[str, str]]]:
+    lines = io.StringIO(content, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     try:
         header = next(reader, [])
-        for row in reader:
-            if row:
-                yield reader.line_num, dict(zip(header, row, strict=False))
+        rows = ((reader.line_num, row) for row in reader if row)
+        return [(number, dict(zip(header, row, strict=False))) for number, row in rows]
     except csv.Error as error:
-        raise UserError(f"{label}: line {reader.line_num}: {error}") from None
+        raise csv.Error(f"line {reader.line_num}: {error}") from None

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from lml.data import cifar10
 from lml.data.assets import locate
-from lml.data.images import MODES, ImageFolder, ImageZip, stamp
+from lml.data.images import ImageFolder, ImageZip, stamp, to_tensor
 from lml.data.statistics import ReferenceStatistics, describe
 from lml.errors import UserError, nearest
 
@@ -84,14 +83,7 @@ class TorchvisionImages:
     def _image(self, index: int) -> Tensor:
         if isinstance(self.dataset, Tensor):
             return self.dataset[index]
-        image = self.dataset[index][0]
-        if image.mode not in MODES:
-            modes = ", ".join(MODES)
-            raise UserError(
-                f"{self.key}={self.spec}: image {index} has pixels of type {image.mode}; "
-                f"one of {modes} is allowed"
-            )
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return to_tensor(self.dataset[index][0], f"{self.key}={self.spec}: image {index}")
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """All images in the official order, uint8 (B, 3, H, W)."""

@@ -155,7 +155,7 @@ class ReferenceStatistics:
                 kept = torch.from_numpy(file["features"]) if keep else None
         except Exception as error:  # zip, pickle, key and JSON errors all mean the same here
             raise UserError(f"{key}={path}: not a file of reference statistics ({error})") from None
-        if sigma.shape != (*mu.shape, *mu.shape):
+        if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape):
             raise UserError(f"{key}={path}: mu {[*mu.shape]} and sigma {[*sigma.shape]} don't fit")
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise UserError(f"{key}={path}: mu or sigma is not finite")

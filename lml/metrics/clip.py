@@ -92,3 +92,6 @@ def clip_score(
     metric = CLIPScore(network, load_tokenizer(model, revision, key), num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)
     return metric
+
+
+clip_score.needs_prompts = True  # to be known before its network is loaded

@@ -11,18 +11,22 @@ from torchmetrics import Metric
 
 from lml.errors import UserError
 
+SPACES = ("", "latent_")  # pixels, and latents where there are some
+
 
 class Convergence(Metric):
     """RMSE and cosine similarity between images and a solver's fine-step solutions.
 
     Both are taken in pixel space on [-1, 1] after rounding to uint8: `rmse` over all pixels of all
     images, `cosine` as the mean over images. The rounding alone, of both sides, costs an RMSE of
-    about 0.0032. `solver` and `nfe` say how the fine solution is made, `reference` is a folder that
-    holds it already, with the same file names.
+    about 0.0032. For runs of latent models also `latent_rmse` and `latent_cosine`, of the latents
+    as the solver left them, in float32. `solver` and `nfe` say how the fine solution is made,
+    `reference` is a folder that holds it already, with the same file names.
     """
 
     is_differentiable = False
     full_state_update = False
+    takes_latents = True
 
     def __init__(
         self,
@@ -35,10 +39,12 @@ class Convergence(Metric):
         self.solver, self.nfe, self.reference = solver, nfe, reference
         fine = {"folder": str(reference)} if reference else {"solver": solver, "nfe": nfe}
         self.protocol = {"space": "pixels, uint8 scaled to [-1, 1]", "reference": fine}
-        for name in ("squared_error", "cosine"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("pixels", "count"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+        for space in SPACES:
+            for name in ("squared_error", "cosine"):
+                zero = torch.zeros((), dtype=torch.float64)
+                self.add_state(space + name, zero, dist_reduce_fx="sum")
+            for name in ("numbers", "count"):
+                self.add_state(space + name, torch.tensor(0), dist_reduce_fx="sum")
 
     def reference_folder(self, reference_run: Callable[..., Path] | None) -> Path:
         """The folder of fine solutions; `reference_run(nfe=…, solver=…)` makes it if need be."""
@@ -51,17 +57,37 @@ class Convergence(Metric):
             )
         return reference_run(nfe=self.nfe, solver=self.solver)
 
-    def update(self, images: Tensor, reference: Tensor) -> None:
-        """Compare uint8 `images` (B, C, H, W) with uint8 `reference` of the same shape."""
-        x, y = (v.flatten(1).double() / 127.5 - 1 for v in (images, reference))
-        self.squared_error += (x - y).square().sum()
-        self.cosine += torch.cosine_similarity(x, y).sum()
-        self.pixels += x.numel()
-        self.count += len(x)
+    def update(
+        self, images: Tensor, reference: Tensor, latents: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Compare uint8 `images` (B, C, H, W) with uint8 `reference` of the same shape.
+
+        `latents` are those that either was decoded from, (B, ...).
+        """
+        pixels = (v.double() / 127.5 - 1 for v in (images, reference))
+        for space, pair in zip(SPACES, (pixels, latents), strict=True):
+            if pair is not None:
+                x, y = (v.flatten(1).double() for v in pair)
+                sums = {
+                    "squared_error": (x - y).square().sum(),
+                    "cosine": torch.cosine_similarity(x, y).sum(),
+                    "numbers": x.numel(),
+                    "count": len(x),
+                }
+                for name, value in sums.items():
+                    setattr(self, space + name, getattr(self, space + name) + value)
 
     def compute(self) -> dict[str, Tensor]:
-        """`rmse` in [0, 2] and `cosine` in [-1, 1]."""
-        return {
-            "rmse": (self.squared_error / self.pixels).sqrt(),
-            "cosine": self.cosine / self.count,
-        }
+        """`rmse` ≥ 0 (of pixels at most 2) and `cosine` in [-1, 1]; of latents, where given."""
+        values = {}
+        for space in SPACES:
+            error, cosine, numbers, count = (
+                getattr(self, space + name)
+                for name in ("squared_error", "cosine", "numbers", "count")
+            )
+            if count:
+                values[f"{space}rmse"] = (error / numbers).sqrt()
+                values[f"{space}cosine"] = cosine / count
+        if self.latent_count:
+            self.protocol["latents"] = "float32, as the solver left them"
+        return values

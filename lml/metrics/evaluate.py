@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from hydra.utils import get_object
 from torch import Tensor
 from torchmetrics import Metric
 
-from lml.data.images import ImageFolder
+from lml.data.images import ImageFolder, latents_path
 from lml.errors import UserError
 from lml.instances import make
 from lml.pipelines.trajectory import Replay
@@ -53,14 +56,47 @@ def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     return made
 
 
-def check_prompts(metrics: Mapping[str, Metric], available: bool) -> None:
-    """Raise UserError when one of the metrics needs prompts and there are none."""
-    for name, metric in metrics.items():
-        if getattr(metric, "needs_prompts", False) and not available:
+def check_prompts(metrics: Mapping[str, Any], available: bool) -> None:
+    """Raise UserError when one of the metrics needs prompts and there are none.
+
+    `metrics` as `build` takes them: what needs no prompts is found out without its network.
+    """
+    for name, metric in (metrics or {}).items():
+        if _needs_prompts(metric) and not available:
             raise UserError(
                 f"metrics=[{name}]: needs prompts; give prompts=text prompts.file=FILE, "
                 "or a run that was made from prompts"
             )
+
+
+def _needs_prompts(metric: Any) -> bool:
+    if isinstance(metric, Mapping):
+        try:
+            metric = get_object(str(metric.get("_target_")))
+        except Exception:  # Hydra wraps whatever the import raised; `build` will say it
+            return False
+    return getattr(metric, "needs_prompts", False)
+
+
+def check_count(metrics: Mapping[str, Metric], count: int) -> None:
+    """Raise UserError when one of the metrics says nothing of so few images."""
+    for name, metric in metrics.items():
+        if count < (least := getattr(metric, "least_images", 1)):
+            raise UserError(f"metrics=[{name}]: needs at least {least} images; there are {count}")
+
+
+@contextlib.contextmanager
+def _memory(name: str, device: str | torch.device, count: int) -> Iterator[None]:
+    """Memory that runs out inside is a UserError: what the metric `name` does to `count` images."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        batch = f"a batch of {count} images" if count else "its network"
+        raise UserError(
+            f"metrics=[{name}]: {batch} needs more memory than {device} has; the images stay, and "
+            "`python scripts/evaluate.py run_dir=FOLDER` scores them with a smaller batch_size or "
+            "device=cpu"
+        ) from None
 
 
 def evaluate(
@@ -77,31 +113,40 @@ def evaluate(
     every process reads its share of the fixed batches, and all return the numbers of one process.
 
     A metric is updated with uint8 (B, 3, H, W). One that has `reference_folder(reference_run)` is
-    given the images of the same names in that folder as second argument, and one whose
+    given the images of the same names in that folder as second argument, with `takes_latents` and
+    where runs kept them both sets' latents as third, and one whose
     `needs_prompts` is true the images' prompts, a list of B strings. One that has `trajectories`,
-    a number, is updated once, with the replay of as many images. It may carry a `protocol` and a
-    `num_images`. Raises UserError for an empty folder, and for a broken file or one of
-    another size, by its name.
+    a number, is updated once, with the replay of as many images. It may carry a `protocol`, a
+    `num_images`, and in `least_images` how many it cannot do without. Raises UserError for an empty
+    folder, for a broken file or one of another size, by its name, and for memory that runs out.
     """
     context = context or Context()
     folder = images if isinstance(images, ImageFolder) else ImageFolder(images)
     # torchmetrics sums features in float64, which Apple's GPUs don't have
     device = "cpu" if torch.device(context.device).type == "mps" else context.device
-    seconds, references = {}, {}
-    made = {name: metric.to(device) for name, metric in build(metrics).items()}
-    check_prompts(made, context.prompts is not None)
-    prompted = [name for name, metric in made.items() if getattr(metric, "needs_prompts", False)]
+    seconds, references, latents = {}, {}, set()
+    check_prompts(metrics, context.prompts is not None)
+    made = build(metrics)
+    for name, metric in made.items():
+        with _memory(name, device, 0):
+            metric.to(device)
+    prompted = [name for name, metric in made.items() if _needs_prompts(metric)]
     if prompted and len(context.prompts) != len(folder):
         raise UserError(
             f"metrics=[{prompted[0]}]: {len(context.prompts)} prompts for the {len(folder)} images "
             f"in {folder.path}"
         )
     prompts = dict(zip(folder.names, context.prompts, strict=True)) if prompted else {}
+    check_count(made, len(folder))
     for name, metric in made.items():
         metric.reset()
         seconds[name] = 0.0
         if hasattr(metric, "reference_folder"):
             references[name] = _paired(folder, metric.reference_folder(context.reference_run), name)
+            both = folder.path, references[name].path
+            files = (latents_path(path / file) for path in both for file in folder.names)
+            if getattr(metric, "takes_latents", False) and all(file.is_file() for file in files):
+                latents.add(name)
         if hasattr(metric, "trajectories") and context.replay is None:
             raise UserError(f"metrics=[{name}]: needs a run to make again; give run_dir=FOLDER")
     replayed = {name: m for name, m in made.items() if hasattr(m, "trajectories")}
@@ -119,9 +164,14 @@ def evaluate(
             batch = batch.to(device)
             for name, metric in scoring.items():
                 start = time.perf_counter()
-                paired = (references[name].load(block).to(device),) if name in references else ()
+                paired = ()
+                if name in references:
+                    paired = (references[name].load(block).to(device),)
+                    if name in latents:
+                        paired += (_load_latents(folder, references[name], block, device),)
                 texts = ([prompts[file] for file in block],) if name in prompted else ()
-                metric.update(batch, *paired, *texts)
+                with _memory(name, device, len(batch)):
+                    metric.update(batch, *paired, *texts)
                 seconds[name] += time.perf_counter() - start
     except UserError as caught:
         error = caught
@@ -162,6 +212,19 @@ def _paired(folder: ImageFolder, path: Path, name: str) -> ImageFolder:
         (height, width), (h, w) = folder.size, reference.size
         raise UserError(f"metrics=[{name}]: {path} has {w}x{h} pixels; {width}x{height} is needed")
     return reference
+
+
+def _load_latents(
+    folder: ImageFolder, reference: ImageFolder, block: list[str], device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    both = []
+    for images in (folder, reference):
+        files = [latents_path(images.path / name) for name in block]
+        try:
+            both.append(torch.from_numpy(np.stack([np.load(file) for file in files])).to(device))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{files[0].parent}: no readable latents ({error})") from None
+    return both[0], both[1]
 
 
 def _floats(value: Any) -> float | list[float | None] | dict[str, Any]:

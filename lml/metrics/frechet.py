@@ -34,6 +34,7 @@ class FrechetDistance(torchmetrics.Metric):
     is_differentiable = False
     full_state_update = False
     higher_is_better = False
+    least_images = 2
 
     def __init__(
         self,

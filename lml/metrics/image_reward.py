@@ -256,3 +256,6 @@ def image_reward(
     metric = ImageReward(network, words, num_images)
     metric.protocol["extractor"] |= describe_source(weights, revision)
     return metric
+
+
+image_reward.needs_prompts = True  # to be known before its network is loaded

@@ -261,6 +261,7 @@ class KID(_Compared):
     """
 
     higher_is_better = False
+    least_images = 2
 
     def __init__(
         self,
@@ -314,6 +315,7 @@ class PrecisionRecall(_Compared):
         _at_least(neighborhood, 1, f"{key}.neighborhood")
         super().__init__(key, reference, weights, num_images, **kwargs)
         self.protocol |= {"neighborhood": neighborhood}
+        self.least_images = neighborhood + 1
 
     def compute(self) -> dict[str, float]:
         """`precision`, `recall` and `f_score`, in [0, 1]."""
@@ -348,6 +350,7 @@ class InceptionScore(_EveryImage):
         network = load_inception(weights, key)
         super().__init__(network, network.num_classes, num_images, **kwargs)
         self.protocol |= {"splits": splits, "seed": SEED}
+        self.least_images = splits
 
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""

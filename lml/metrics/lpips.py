@@ -26,6 +26,7 @@ class LPIPSDiversity(Metric):
     is_differentiable = False
     full_state_update = False
     higher_is_better = True
+    least_images = 2
 
     def __init__(self, num_images: int = 10_000, **kwargs):
         super().__init__(**kwargs)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -22,7 +22,8 @@ DECODERS = ("VQModel", "AutoencoderKL")
 class LatentModel(pixel.PixelModel):
     """A latent diffusion model that was found, and is not loaded yet."""
 
-    decoder: Path | None = None  # the folder of the autoencoder
+    decoder: loading.Weights | None = None
+    has_latents: ClassVar[bool] = True
 
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
@@ -30,18 +31,22 @@ class LatentModel(pixel.PixelModel):
         """What makes images with the loaded networks."""
         latents = super().sampler(device, dtype, channels_last, compile)
         key = loading.describe_key(self.config)
-        name = loading.read_config(self.decoder, key, DECODERS)["_class_name"]
+        name = loading.read_config(self.decoder.folder, key, DECODERS)["_class_name"]
         decoder = loading.read_network(getattr(diffusers, name), self.decoder, dtype, key)
         decoder = loading.prepare(decoder, device, channels_last)
-        return LatentSampler(latents, decoder, bool(self.config.get("slicing")))
+        scale = self.config.get("scaling_factor")
+        scale = decoder.config.scaling_factor if scale is None else scale
+        return LatentSampler(latents, decoder, scale, bool(self.config.get("slicing")))
 
 
 class LatentSampler(pixel.PixelSampler):
-    """Makes images from seeds by way of latents."""
+    """Makes images from seeds by way of latents, which are `scale` times the decoder's."""
 
-    def __init__(self, latents: pixel.PixelSampler, decoder: nn.Module, slicing: bool):
+    def __init__(
+        self, latents: pixel.PixelSampler, decoder: nn.Module, scale: float, slicing: bool
+    ):
         super().__init__(latents.network, latents.channels_last)
-        self.decoder, self.slicing = decoder, slicing
+        self.decoder, self.scale, self.slicing = decoder, scale, slicing
         self.parts = {"decoder": decoder.decoder}
 
     @torch.no_grad()
@@ -55,7 +60,8 @@ class LatentSampler(pixel.PixelSampler):
     ) -> Tensor:
         """Images (B, 3, H, W) in about [-1, 1], one of each seed."""
         latents = super().__call__(scheduler, steps, seeds, prompts, **step_options)
-        latents = (latents / self.decoder.config.scaling_factor).to(self.decoder.dtype)
+        self.latents = latents
+        latents = (latents / self.scale).to(self.decoder.dtype)
         blocks = latents.split(1 if self.slicing else len(latents))
         return torch.cat([self.decoder.decode(block).sample for block in blocks])
 
@@ -63,18 +69,26 @@ class LatentSampler(pixel.PixelSampler):
 def find(config: Mapping[str, Any]) -> LatentModel:
     """The model in the folder of an LDMPipeline: `unet`, `vqvae` or `vae`, and `scheduler`.
 
-    `path`, `hub_id`, `revision` and `scheduler` as for pixel models. UserError when there is none.
+    `path`, `hub_id`, `revision` and `scheduler` as for pixel models; `scaling_factor` is what its
+    latents are to the autoencoder's, None for what the autoencoder's config says. UserError when
+    there is none.
     """
+    scale = config.get("scaling_factor")
+    real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (real and 0 < scale < math.inf):
+        raise UserError(f"model.scaling_factor={scale}: a number > 0 is asked, or null")
     root, key = loading.find_folder(config), loading.describe_key(config)
-    decoder = next((root / name for name in ("vqvae", "vae") if (root / name).is_dir()), None)
-    if decoder is None:
+    folder = next((root / name for name in ("vqvae", "vae") if (root / name).is_dir()), None)
+    if folder is None:
         raise UserError(f"{key}: no autoencoder in it (vqvae or vae)")
-    loading.read_config(decoder, key, DECODERS)
-    folder, _ = pixel.find_network(root, key)
+    loading.read_config(folder, key, DECODERS)
+    decoder = loading.find_weights(folder, key, config)
+    network, _ = pixel.find_network(root, key, config)
     scheduler, schedule = loading.read_scheduler(root, key, config)
     settings = {
-        "network": loading.fingerprint(folder),
-        "decoder": loading.fingerprint(decoder),
+        "network": network.sha256,
+        "decoder": decoder.sha256,
         "scheduler": schedule,
+        "scaling_factor": scale,
     }
-    return LatentModel(config["name"], settings, scheduler, config, folder, decoder)
+    return LatentModel(config["name"], settings, scheduler, config, network, decoder)

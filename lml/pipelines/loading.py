@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from torch import Tensor, nn
 
 from lml.data.assets import locate
@@ -22,7 +25,9 @@ from lml.errors import UserError
 from lml.files import file_hash
 from lml.instances import make
 
-FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "*/*.safetensors")  # of a hub model
+FILES = ("*.json", "diffusion_pytorch_model*{suffix}", "*/*{suffix}")  # of a hub model
+STEMS = {".safetensors": "(diffusion_pytorch_model|model)", ".bin": "(diffusion_)?pytorch_model"}
+SHARD = r"-\d{5}-of-\d{5}"
 
 
 def describe_key(config: Mapping[str, Any], group: str = "model") -> str:
@@ -52,20 +57,48 @@ def find_folder(
             f"{group}.path=null: a folder in diffusers' format is asked, or {group}.hub_id"
         )
     hub_id = str(config["hub_id"])
-    options = options or {"allow_patterns": FILES}
+    patterns = [name.format(suffix=suffix) for suffix in _suffixes(config) for name in FILES]
+    options = options or {"allow_patterns": list(dict.fromkeys(patterns))}
     try:
-        return Path(download(hub_id, revision=config.get("revision"), **options))
-    except GatedRepoError:
-        raise UserError(
-            f"{key}: access is to be granted; accept the license on https://huggingface.co/{hub_id}"
-            f", then `hf auth login`, or give {group}.path=FOLDER"
-        ) from None
+        with quiet():
+            return Path(download(hub_id, revision=config.get("revision"), **options))
     except Exception as error:  # the hub's errors and the network's share no base class
-        reason = str(error).strip().splitlines()[0]
+        answer = _answer(error)
+        if isinstance(answer, GatedRepoError):
+            raise UserError(
+                f"{key}: access is to be granted; accept the license on "
+                f"https://huggingface.co/{hub_id}, then `hf auth login`, or give "
+                f"{group}.path=FOLDER"
+            ) from None
         raise UserError(
-            f"{key}: cannot be fetched ({reason}); get it elsewhere with "
+            f"{key}: cannot be fetched ({one_line(answer)}); get it elsewhere with "
             f"`hf download {hub_id} --local-dir FOLDER` and give {group}.path=FOLDER"
         ) from None
+
+
+def _answer(error: BaseException) -> BaseException:
+    """The hub's answer, which diffusers wraps into an error of its own; else `error`."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    return cause or (type(error) is OSError and error.__cause__) or error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of anybody's error, as a part of one line of ours."""
+    text = re.sub(r"\s*\(Request ID: [^)]*\)", "", str(error)) or type(error).__name__
+    return textwrap.shorten(text, 200, placeholder=" ...")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What diffusers warns of while it finds and reads files is an error here, or nothing."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -84,28 +117,72 @@ def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, A
     return config
 
 
-def read_network(
-    cls: type, folder: Path, dtype: torch.dtype, key: str, **options: Any
-) -> nn.Module:
-    """The network of class `cls` (diffusers' or transformers') in `folder`, all weights its own.
+@dataclass(frozen=True)
+class Weights:
+    """A network that was found: its folder, the files that hold its weights, and their variant."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    variant: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Over the network's config and weights, wherever they lie."""
+        config = json.loads((self.folder / "config.json").read_text())
+        kept = {key: value for key, value in config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+        for file in self.files:
+            digest.update(f"{file.name} {file_hash(file)}".encode())
+        return digest.hexdigest()
+
+
+def find_weights(
+    folder: Path, key: str, config: Mapping[str, Any], group: str = "model"
+) -> Weights:
+    """The network in `folder`, beside its config.json, with the weights that diffusers would read.
+
+    These are files of `config["variant"]` or, as diffusers has it, of none where a network has no
+    such variant; safetensors, or pickled ones if there are no others and
+    `config["use_safetensors"]` is false. UserError when there are none.
+    """
+    there = {file.name: file for file in sorted(folder.iterdir())}
+    if "config.json" not in there:
+        raise UserError(f"{key}: no {folder.name}/config.json in it")
+    for suffix in _suffixes(config):
+        for variant in dict.fromkeys([config.get("variant"), None]):
+            name = f"\\.{re.escape(variant)}" if variant else ""
+            name = f"{STEMS[suffix]}(({SHARD})?{name}|{name}{SHARD})\\{suffix}"
+            if files := tuple(there[file] for file in there if re.fullmatch(name, file)):
+                return Weights(folder, files, variant)
+    hint = ""
+    for file in there:
+        if match := re.fullmatch(r".*model(?:\.(\w+))?.*\.(?:safetensors|bin)", file):
+            option = f"variant={match[1]}" if match[1] else "use_safetensors=false"
+            hint = f"; {group}.{option} takes {file}"
+    raise UserError(f"{key}: no weights in {folder.name} ({' or '.join(_suffixes(config))}{hint})")
+
+
+def _suffixes(config: Mapping[str, Any]) -> list[str]:
+    return list(STEMS)[: 1 if config.get("use_safetensors", True) else 2]
+
+
+def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> nn.Module:
+    """The network of class `cls` (diffusers' or transformers'), all weights its own.
 
     UserError when a weight is missing, left over or of another shape, or a file is broken.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it warns of is an error here
     try:
-        network, report = cls.from_pretrained(
-            folder,
-            local_files_only=True,
-            torch_dtype=dtype,
-            output_loading_info=True,
-            **{"use_safetensors": True, **options},
-        )
+        with quiet():
+            network, report = cls.from_pretrained(
+                weights.folder,
+                local_files_only=True,
+                torch_dtype=dtype,
+                output_loading_info=True,
+                variant=weights.variant,
+                use_safetensors=weights.files[0].suffix == ".safetensors",
+            )
     except Exception as error:  # safetensors, JSON, shape and file errors share no base class
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: the weights cannot be read ({reason})") from None
-    finally:
-        logging.set_verbosity(verbosity)
+        raise UserError(f"{key}: the weights cannot be read ({one_line(error)})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for name in sorted(map(str, report.get(problem) or ())):
             reason = problem.replace("_keys", "")
@@ -147,16 +224,6 @@ def make_part(config: Any, key: str) -> Any:
     if not isinstance(config, Mapping) or "_target_" not in config:
         return config
     return make(config, f"{key}={config['_target_']}")
-
-
-def fingerprint(folder: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> str:
-    """sha256 of a network's config and weights, wherever they lie."""
-    config = json.loads((folder / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for file in sorted(file for file in folder.iterdir() if file.suffix in suffixes):
-        digest.update(f"{file.name} {file_hash(file)}".encode())
-    return digest.hexdigest()
 
 
 def normalize_in_float32(network: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -87,19 +87,20 @@ class PixelModel:
     settings: dict[str, Any]
     scheduler: SchedulerMixin
     config: Mapping[str, Any]
-    folder: Path | None = None  # of the network; None for networks that are made, not read
+    weights: loading.Weights | None = None  # None for networks that are made, not read
     _: KW_ONLY
     sample_size: int | None = None  # of the network's samples; None is its own
+    has_latents: ClassVar[bool] = False
 
     def load(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool = False
     ) -> nn.Module:
         """The network, ready to be called. UserError when its files don't make one."""
-        if self.folder is None:
+        if self.weights is None:
             network = loading.make_part(self.config["network"], "model.network").to(dtype)
         else:
             key = loading.describe_key(self.config)
-            network = loading.read_network(UNet2DModel, self.folder, dtype, key)
+            network = loading.read_network(UNet2DModel, self.weights, dtype, key)
             if network.class_embedding is not None:
                 raise UserError(f"{key}: conditional on a class; an unconditional model is asked")
             if self.sample_size is not None:
@@ -120,7 +121,8 @@ class PixelSampler:
     """Makes images from seeds with one network.
 
     `network` is what an evaluation is counted by, `parts` are networks beside it, by what their
-    time is called; `guided` says whether it is called on twice the batch.
+    time is called; `guided` says whether it is called on twice the batch. `latents` (B, ...) are
+    those of the last call, as the solver left them, of models that have some.
     """
 
     guided = False
@@ -128,6 +130,7 @@ class PixelSampler:
     def __init__(self, network: nn.Module, channels_last: bool):
         self.network, self.channels_last = network, channels_last
         self.parts: dict[str, nn.Module] = {}
+        self.latents: Tensor | None = None
 
     def __call__(
         self,
@@ -161,18 +164,18 @@ def find(config: Mapping[str, Any]) -> PixelModel:
     if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:
         raise UserError(f"model.patch={patch}: a whole number of at least 1 is asked")
     root, key = loading.find_folder(config), loading.describe_key(config)
-    folder, network = find_network(root, key)
+    weights, network = find_network(root, key, config)
     channels = network.get("in_channels", 3)
     if channels % patch**2:
         raise UserError(
             f"model.patch={patch}: the network's {channels} channels are no multiple of {patch**2}"
         )
     scheduler, schedule = loading.read_scheduler(root, key, config)
-    settings = {"network": loading.fingerprint(folder), "scheduler": schedule, "patch": patch}
+    settings = {"network": weights.sha256, "scheduler": schedule, "patch": patch}
     size = choose_size(config.get("sample_size"), network, patch)
     if size is not None:
         settings["sample_size"] = size
-    return PixelModel(config["name"], settings, scheduler, config, folder, sample_size=size)
+    return PixelModel(config["name"], settings, scheduler, config, weights, sample_size=size)
 
 
 def choose_size(asked: int | None, network: Mapping[str, Any], patch: int) -> int | None:
@@ -189,13 +192,13 @@ def choose_size(asked: int | None, network: Mapping[str, Any], patch: int) -> in
     return None if asked // patch == network.get("sample_size") else asked // patch
 
 
-def find_network(root: Path, key: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of the UNet2DModel in `root`, and its config."""
+def find_network(
+    root: Path, key: str, config: Mapping[str, Any]
+) -> tuple[loading.Weights, dict[str, Any]]:
+    """The UNet2DModel in `root`, and its config."""
     folder = root / "unet" if (root / "unet").is_dir() else root
-    config = loading.read_config(folder, key, ("UNet2DModel",))
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{key}: no weights in it (diffusion_pytorch_model.safetensors)")
-    return folder, config
+    network = loading.read_config(folder, key, ("UNet2DModel",))
+    return loading.find_weights(folder, key, config), network
 
 
 def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -24,7 +26,6 @@ from lml.pipelines import loading
 
 # They look at finished images or at image prompts, which we have none of.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass
@@ -40,7 +41,9 @@ class TextModel:
     config: Mapping[str, Any]
     folder: Path
     pipeline: type[DiffusionPipeline]
-    controlnet: Path | None = None
+    networks: Mapping[str, loading.Weights]
+    controlnet: loading.Weights | None = None
+    has_latents: ClassVar[bool] = True
 
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
@@ -52,16 +55,18 @@ class TextModel:
             raise UserError("model.cpu_offload=true: an accelerator is asked to offload from")
         _be_quiet(self.name)
         parts = {"scheduler": self.scheduler, **_left_out(self.pipeline)}
-        for name in _networks(self.folder):
-            parts[name] = _read_part(self.folder, name, dtype, key, config)
+        classes = _networks(self.folder)
+        for name, weights in self.networks.items():
+            cls = _class(*classes[name], f"{key}: its {name}")
+            parts[name] = loading.read_network(cls, weights, dtype, f"{key}: {name}")
         if self.controlnet is not None:
             control_key = loading.describe_key(config["controlnet"], "model.controlnet")
-            cls = _control_class(self.controlnet, control_key)
+            cls = _control_class(self.controlnet.folder, control_key)
             parts["controlnet"] = loading.read_network(cls, self.controlnet, dtype, control_key)
         try:
             pipe = self.pipeline.from_pretrained(self.folder, local_files_only=True, **parts)
         except Exception as error:  # tokenizers' and diffusers' errors share no base class
-            reason = " ".join(str(error).split())[:200]
+            reason = loading.one_line(error)
             raise UserError(f"{key}: makes no {self.pipeline.__name__} ({reason})") from None
         pipe.set_progress_bar_config(disable=True)
         name = _denoiser(self.folder)
@@ -88,6 +93,7 @@ class TextSampler:
         parts = {"decoder": pipe.vae.decoder, "controlnet": getattr(pipe, "controlnet", None)}
         parts |= {name: m for name, m in pipe.components.items() if name.startswith("text_encoder")}
         self.parts = {name: module for name, module in parts.items() if module is not None}
+        self.latents: Tensor | None = None
         self.accepted = inspect.signature(pipe.__call__).parameters
         self.options = {"guidance_scale": config["guidance_scale"], **(config.get("call") or {})}
         for key in ("height", "width"):
@@ -139,7 +145,8 @@ class TextSampler:
         if self.negative_prompt:
             options["negative_prompt"] = [self.negative_prompt] * len(prompts)
         self.pipe.scheduler = scheduler
-        with loading.finite_outputs(self.network, lambda: scheduler.timesteps):
+        finite = loading.finite_outputs(self.network, lambda: scheduler.timesteps)
+        with finite, _last_step(scheduler) as last:
             images = self.pipe(
                 prompt=list(prompts),
                 num_inference_steps=steps,
@@ -147,6 +154,7 @@ class TextSampler:
                 output_type="pt",
                 **options,
             ).images
+        self.latents = last.pop()
         return 2 * images.float() - 1
 
     def _step_options(self, scheduler: SchedulerMixin, options: dict) -> dict[str, Any]:
@@ -161,6 +169,24 @@ class TextSampler:
         return passed
 
 
+@contextmanager
+def _last_step(scheduler: SchedulerMixin) -> Iterator[list[Tensor]]:
+    """A list that holds what the scheduler's last step inside gave; not all pipelines tell."""
+    last, step = [], scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **options: Any) -> Any:
+        output = step(*args, **options)
+        last[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
+        return output
+
+    scheduler.step = watched
+    try:
+        yield last
+    finally:
+        del scheduler.step
+
+
 def find(config: Mapping[str, Any]) -> TextModel:
     """The pipeline that `path`, or `hub_id` at `revision`, holds, with `controlnet` if any.
 
@@ -172,16 +198,20 @@ def find(config: Mapping[str, Any]) -> TextModel:
         config,
         download=DiffusionPipeline.download,
         variant=config.get("variant"),
-        use_safetensors=config.get("use_safetensors", True),
+        use_safetensors=config.get("use_safetensors", True) or None,
+        **dict.fromkeys(LEFT_OUT),  # what is given is not fetched
     )
     index = _read_index(root, key)
     name, control, settings = index["_class_name"], None, {}
     if config.get("controlnet"):
         control_key = loading.describe_key(config["controlnet"], "model.controlnet")
-        control = loading.find_folder(config["controlnet"], "model.controlnet")
-        _control_class(control, control_key)
+        folder = loading.find_folder(config["controlnet"], "model.controlnet")
+        _control_class(folder, control_key)
+        control = loading.find_weights(
+            folder, control_key, config["controlnet"], "model.controlnet"
+        )
         name = name.replace("Pipeline", "ControlNetPipeline")
-        settings["controlnet"] = loading.fingerprint(control)
+        settings["controlnet"] = control.sha256
         settings["control_image"] = _image_hash(config.get("control_image"))
     pipeline = getattr(diffusers, name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
@@ -191,13 +221,14 @@ def find(config: Mapping[str, Any]) -> TextModel:
         raise UserError(f"{key}: a {name}; a pipeline from text to images is asked")
     scheduler, schedule = loading.read_scheduler(root, key, config)
     options = ("guidance_scale", "negative_prompt", "height", "width", "call", "variant")
+    networks = {part: _find_part(root, part, key, config) for part in _networks(root)}
     settings |= {
-        "networks": {part: _fingerprint(root / part, key, config) for part in _networks(root)},
+        "networks": {part: weights.sha256 for part, weights in networks.items()},
         "tokenizers": _tokenizers_hash(root, index, key),
         "scheduler": schedule,
         **{option: config.get(option) for option in options},
     }
-    return TextModel(config["name"], settings, scheduler, config, root, pipeline, control)
+    return TextModel(config["name"], settings, scheduler, config, root, pipeline, networks, control)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -259,38 +290,24 @@ def _be_quiet(name: str) -> None:
 def _left_out(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
     taken = inspect.signature(pipeline.__init__).parameters
     left = {name: None for name in LEFT_OUT if name in taken}
-    return left | ({"requires_safety_checker": False} if "requires_safety_checker" in taken else {})
+    # SDXL marks its images where the package for it happens to be installed
+    off = ("requires_safety_checker", "add_watermarker")
+    return left | {name: False for name in off if name in taken}
 
 
-def _read_part(
-    root: Path, name: str, dtype: torch.dtype, key: str, config: Mapping[str, Any]
-) -> nn.Module:
-    library, class_name = _networks(root)[name]
+def _class(library: str, name: str, label: str) -> type:
     try:
-        cls = getattr(importlib.import_module(library), class_name)
+        return getattr(importlib.import_module(library), name)
     except ImportError:
-        raise UserError(f"{key}: its {name} needs {library}: `pip install -e '.[text]'`") from None
+        raise UserError(f"{label} needs {library}: `pip install -e '.[text]'`") from None
     except AttributeError:
-        raise UserError(f"{key}: its {name} is a {class_name}, unknown to {library}") from None
-    options = {"variant": config.get("variant"), "use_safetensors": _safe(config)}
-    return loading.read_network(cls, root / name, dtype, f"{key}: {name}", **options)
+        raise UserError(f"{label} is a {name}, unknown to {library}") from None
 
 
-def _safe(config: Mapping[str, Any]) -> bool | None:
-    # None: safetensors where there are some
-    return True if config.get("use_safetensors", True) else None
-
-
-def _fingerprint(folder: Path, key: str, config: Mapping[str, Any]) -> str:
-    suffixes = WEIGHTS[: 1 if _safe(config) else 2]
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: no {folder.name}/config.json in it")
-    if not any(file.suffix in suffixes for file in folder.iterdir()):
-        raise UserError(
-            f"{key}: no weights in {folder.name} ({' or '.join(suffixes)}; others only with "
-            "model.use_safetensors=false)"
-        )
-    return loading.fingerprint(folder, suffixes)
+def _find_part(root: Path, name: str, key: str, config: Mapping[str, Any]) -> loading.Weights:
+    if not (root / name).is_dir():
+        raise UserError(f"{key}: no {name} in it")
+    return loading.find_weights(root / name, key, config)
 
 
 def _tokenizers_hash(root: Path, index: Mapping[str, Any], key: str) -> str:

@@ -80,11 +80,35 @@ def test_an_image_of_another_size_is_named(folder, pixels):
         list(ImageFolder(folder).batches(2))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["I;16", "CMYK"])
 def test_more_than_8_bits_of_rgb_is_refused(folder, mode):
-    Image.new(mode, (8, 6)).save(folder / "003.png")
-    with pytest.raises(UserError, match=rf"003\.png: pixels of type {mode}; one of RGB"):
+    file = folder / ("003.jpg" if mode == "CMYK" else "003.png")
+    Image.new(mode, (8, 6)).save(file)
+    with pytest.raises(UserError, match=rf"{file.name}: pixels of type {mode}; one of RGB"):
         list(ImageFolder(folder).batches(2))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_behind_a_transparent_pixel_nobody_knows(tmp_path, pixels, mode):
+    """But an alpha channel, as screenshots have one, that hides nothing is none."""
+    image = Image.fromarray(pixels[0]).convert("L" if mode == "LA" else "RGB")
+    expected = np.asarray(image.convert("RGB"))
+    if mode == "P":
+        image = Image.fromarray(pixels[0, :, :, 0]).convert("P")
+        expected = np.asarray(image.convert("RGB"))
+    else:
+        image.putalpha(255)
+    assert image.mode == mode
+    image.save(tmp_path / "image.png")
+    made = ImageFolder(tmp_path).load(["image.png"])[0].permute(1, 2, 0)
+    assert (made.numpy() == expected).all()
+    if mode == "P":
+        image.save(tmp_path / "image.png", transparency=int(np.asarray(image)[0, 0]))
+    else:
+        image.putpixel((0, 0), (*image.getpixel((0, 0))[:-1], 254))
+        image.save(tmp_path / "image.png")
+    with pytest.raises(UserError, match=r"image\.png: transparent in places"):
+        ImageFolder(tmp_path)
 
 
 def test_a_folder_without_images(tmp_path):
@@ -93,7 +117,7 @@ def test_a_folder_without_images(tmp_path):
     with pytest.raises(UserError, match=rf"^images={tmp_path / 'none'}: no such folder$"):
         ImageFolder(tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="a file; a folder of images is asked"):
         ImageFolder(tmp_path / "file")
 
 

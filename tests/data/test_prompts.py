@@ -59,6 +59,16 @@ def test_a_text_files_lines(tmp_path, end, mark):
     assert [entry["index"] for entry in made.records] == list(range(10))
 
 
+def test_a_tsv_file_without_quoting(tmp_path):
+    """As PartiPrompts.tsv is: what begins with a quote needn't end with one."""
+    rows = ['"Hello" on a sign', "a sign", 'the word "START"', '"never closed', 'a "b']
+    path = tmp_path / "p.tsv"
+    path.write_text("Prompt\tCategory\n" + "".join(f"{row}\tArts\n" for row in rows))
+    assert prompts.table(path, "Prompt").texts == rows
+    path.write_text("Prompt\tCategory\n" + "x" * 200_000 + '\t"a" b\n')
+    refused(rf"^prompts\.file={path}: line 2: field larger", prompts.table, path, "Prompt")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_a_tables_column(tmp_path, suffix):
     path = tmp_path / f"p{suffix}"

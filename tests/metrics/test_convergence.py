@@ -52,6 +52,24 @@ def test_numpy(batch_size):
     assert value["cosine"].item() == pytest.approx(cosine.mean(), rel=1e-12)
 
 
+def test_latents_are_compared_beside_the_pixels():
+    images, reference = random_images(0), random_images(1)
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 7, 6, 4, generator=generator)
+    alone, metric = Convergence(), Convergence()
+    alone.update(images, reference)
+    for rows in (slice(0, 3), slice(3, 7)):
+        metric.update(images[rows], reference[rows], (latents[0, rows], latents[1, rows]))
+    value = metric.compute()
+    for name, number in alone.compute().items():
+        torch.testing.assert_close(value.pop(name), number)
+    x, y = latents.double().numpy().reshape(2, 7, -1)
+    cosine = np.sum(x * y, 1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    expected = {"latent_rmse": np.sqrt(np.mean((x - y) ** 2)), "latent_cosine": cosine.mean()}
+    assert {name: number.item() for name, number in value.items()} == pytest.approx(expected)
+    assert "latents" in metric.protocol and "latents" not in alone.protocol
+
+
 def test_the_floor_that_rounding_sets():
     """What the docstring says: the same image up to less than a grey level, rounded twice."""
     x = torch.rand(40, 3, 16, 16, dtype=torch.float64) * 200 + 20

@@ -248,6 +248,17 @@ def test_a_run_without_prompts_is_told_before_any_image_is_made(script, toy, mon
     assert outcome.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("metric", ["clip_score", "image_reward"])
+def test_missing_prompts_are_told_before_missing_weights(script, toy, data, tmp_path, metric):
+    toy = [a for a in toy if a != "metrics=none"]
+    runs = ["sample", *toy, "run_dir=run"], ["evaluate", f"images={data / 'images'}"]
+    for arguments in runs:
+        outcome = script(*arguments, f"metrics=[{metric}]")
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
+        assert outcome.err.startswith(f"metrics=[{metric}]: needs prompts; give prompts=text")
+    assert not (tmp_path / "run").exists()
+
+
 WORKER = textwrap.dedent(
     """
     import json, sys
@@ -312,3 +323,49 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
                 assert result[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-6)
                 assert result[name]["protocol"] == expected[name]["protocol"]
         assert "000005.png: not a readable image" in error
+
+
+class Hungry(MeanPixel):
+    """Runs out of memory as CUDA's allocator says it."""
+
+    def update(self, images):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class Huge(MeanPixel):
+    def to(self, *_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_memory_that_runs_out(data):
+    with pytest.raises(UserError, match=r"^metrics=\[a\]: a batch of 10 images needs .*batch_size"):
+        evaluate(data / "images", {"a": Hungry()}, context=Context(batch_size=10))
+    with pytest.raises(UserError, match=r"^metrics=\[a\]: its network needs more memory than cpu"):
+        evaluate(data / "images", {"a": Huge()})
+
+
+def test_too_few_images_are_told_before_any_work(script, toy, data, tmp_path):
+    write(tmp_path / "one", np.zeros((1, 32, 32, 3), np.uint8))
+    mean = MeanPixel()
+    with pytest.raises(UserError, match=r"^metrics=\[fd\]: needs at least 2 images; there are 1$"):
+        evaluate(tmp_path / "one", {"mean": mean, "fd": configs(data)["fd_cifar"]})
+    assert not mean.batches
+    metric = [f"metrics.fd_cifar.features={data / 'features'}", "metrics=fd_cifar"]
+    metric.append(f"metrics.fd_cifar.reference={data / 'fd.npz'}")
+    toy = [a for a in toy if a != "metrics=none"]
+    outcome = script("sample", *toy, *metric, "num_images=1", "run_dir=run")
+    assert outcome.code == 2 and outcome.err.startswith("metrics=[fd_cifar]: needs at least 2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_that_cannot_be_written(script, data, tmp_path):
+    (tmp_path / "images").symlink_to(data / "images")
+    metric = ["metrics=none", "+metrics.mean._target_=torchmetrics.MeanMetric"]
+    outcome = script("evaluate", "images=images", *metric, "out=nowhere/scores.json")
+    assert outcome.code == 2 and outcome.err.startswith("out=nowhere/scores.json: nowhere cannot")
+    (tmp_path / "scores.json").mkdir()
+    metric = ["metrics=fd_cifar", f"metrics.fd_cifar.features={data / 'features'}"]
+    metric.append(f"metrics.fd_cifar.reference={data / 'fd.npz'}")
+    outcome = script("evaluate", "images=images", *metric, "out=scores.json")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert "fd_cifar" in outcome.out  # what took the time is not lost
