@@ -229,12 +229,14 @@ def test_labels_of_what_differs_from_the_default(changes, label):
 
 
 @pytest.mark.parametrize(("solver", "target"), [("ddim", "direction"), ("unipc", "increment")])
-def test_the_published_setting_is_told_by_its_solver(solver, target):
-    config = OmegaConf.load(ROOT / "configs/lml/published.yaml")
-    options = {**OmegaConf.to_container(config), "target": target}
+def test_the_published_setting_is_told_by_its_solver_and_evaluations(solver, target):
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/published.yaml"))
+    options = {**config["lml"], "target": target, "damping": 8e-4}
     assert labels.lml_label(store.canonical(options), solver, 5) == "published"
-    options["damping"] = 8e-4
-    assert labels.lml_label(store.canonical(options), solver, 5) == "published, damping=0.0008"
+    assert labels.lml_label(store.canonical(options), solver, 8) == "published, damping=0.0008"
+    options["damping"] = 1e-3
+    assert labels.lml_label(store.canonical(options), solver, 8) == "published"
+    assert labels.lml_label(store.canonical(options), solver, 11) == "published"
 
 
 def test_a_solver_is_told_by_its_options():

@@ -32,8 +32,10 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
 
 
 def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
-    # what it refers to: the published target is the solver's
-    around = {"lml": _load(f"lml/{name}"), "solver": _load(f"solver/{solver}"), "nfe": nfe}
+    config = _load(f"lml/{name}")
+    config = config if "lml" in config else {"lml": config}
+    # what it refers to: the published target is the solver's, its damping that of the evaluations
+    around = {**config, "solver": _load(f"solver/{solver}"), "nfe": nfe}
     return OmegaConf.to_container(OmegaConf.create(around), resolve=True)["lml"]
 
 
