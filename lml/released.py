@@ -9,7 +9,9 @@ the type of the tensors at hand,
 
 At kappa = 0, which is what they publish, d is g lambda / (lambda + |g|^2): parallel to g, and as
 the difference of two numbers that agree in all digits but their rounding, in float32 mostly that.
-`lml.correction` is the same method in arithmetic that holds.
+`lml.correction` is the same method in arithmetic that holds. The order of operations is theirs,
+too, u (u.g) before the quotient: with the quotient first, d is often zero to the last bit and g'
+NaN.
 """
 
 from __future__ import annotations

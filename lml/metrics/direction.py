@@ -8,6 +8,9 @@ HIGHER_IS_BETTER = (
     "image_reward",
     "precision_recall",
     "lpips_diversity",
+    "ideal_direction/prediction",
+    "ideal_direction/corrected",
+    "ideal_direction/step",
     "timing/images_per_second",
 )
 

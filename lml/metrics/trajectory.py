@@ -6,9 +6,11 @@ are its value it says the same numbers step by step: lists by name, and `timeste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torchmetrics import Metric
@@ -141,12 +143,13 @@ class IdealDirection(AlongTrajectory):
     - `corrected`: g', as LML returned it. g where LML is off or has not corrected; left out with
       another target than the prediction, of which g is no noise;
     - `step`: the direction in which the solver did go, (x_s' - A x_t) / B with the next x_s' that
-      the network is given; earlier predictions are in it, too. (Of UniPC also what its corrector
-      changes of x_t.) Not of the last step.
+      the network is given, and in the end the image; earlier predictions are in it, too. (Of UniPC
+      also what its corrector changes of x_t.)
 
     All as cosines, which are near 1, and as angles in degrees: `angle_prediction` and so on.
 
-    The last step counts as one to timestep 0, and is left out where it starts there. Where a
+    The ideal direction of the last step is the one to timestep 0, wherever the solver itself ends;
+    the step is left out where it starts there. Where a
     solver evaluates the network twice at a timestep (PNDM, Heun), the second counts, at the sample
     from which it goes on.
 
@@ -173,23 +176,46 @@ class IdealDirection(AlongTrajectory):
         for step, ((t, x), (s, _)) in enumerate(zip(path, ends, strict=True)):
             if not s < t:
                 continue
-            following = [x_s for t_s, x_s in path[step + 1 :] if t_s == s]
-            (alpha, sigma), (alpha_s, sigma_s) = map(model.noise_levels, (t, s))
-            A = (alpha_s / alpha).item()
-            B = (sigma_s - A * sigma).item()
-            ideal = (model.flow(x, t, s) - A * x) / B
-            noise = (x - alpha.item() * model.posterior_mean(x, t)) / sigma.item()
-            corrected = gone = torch.full_like(x, torch.nan)
+            start, end = _levels(model, t), _levels(model, s)
+            ideal = _direction(x, start, model.flow(x, t, s), end)
+            noise = (x - start[0] * model.posterior_mean(x, t)) / start[1]
+            corrected = torch.full_like(x, torch.nan)
             if not corrections:
                 corrected = noise
             elif _noise_is_corrected(replay):
                 corrected = corrections[step][2].double()
-            if following:
-                gone = (following[-1] - A * x) / B
+            if following := [x_s for t_s, x_s in path[step + 1 :] if t_s == s]:
+                gone = _direction(x, start, following[-1], end)
+            else:
+                last = _last_levels(replay.scheduler)
+                gone = _direction(x, start, trajectory.images.double(), last)
             angles = torch.stack(
                 [_angle(d.flatten(1), ideal.flatten(1)) for d in (noise, corrected, gone)]
             )
             yield step, torch.cat([torch.deg2rad(angles).cos(), angles])
+
+
+Levels = tuple[float, float]  # alpha and sigma
+
+
+def _direction(x: Tensor, levels: Levels, x_s: Tensor, levels_s: Levels) -> Tensor:
+    """The noise along which DDIM's step from x lands on x_s."""
+    A = levels_s[0] / levels[0]
+    return (x_s - A * x) / (levels_s[1] - A * levels[1])
+
+
+def _levels(model: ExactModel, t: float) -> Levels:
+    alpha, sigma = model.noise_levels(t)
+    return alpha.item(), sigma.item()
+
+
+def _last_levels(scheduler: SchedulerMixin) -> Levels:
+    """Those of the images that a scheduler of a DDPM ends with."""
+    if hasattr(scheduler, "sigmas"):
+        ratio = float(scheduler.sigmas[-1])
+        return 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)
+    square = float(scheduler.final_alpha_cumprod)
+    return square**0.5, (1 - square) ** 0.5
 
 
 class Hessian(AlongTrajectory):

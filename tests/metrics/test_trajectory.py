@@ -163,12 +163,21 @@ def test_ideal_direction_of_ddim_on_the_gaussian():
     assert result["steps"]["timestep"].tolist() == run.timesteps
     assert result["prediction"] == result["corrected"]  # nothing corrects it
     step, prediction = result["steps"]["step"], result["steps"]["prediction"]
-    torch.testing.assert_close(step[:-1], prediction[:-1], rtol=0, atol=1e-5)
-    assert step[-1].isnan()
+    torch.testing.assert_close(step, prediction, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "cls", ["DDIM", "DPMSolverMultistep", "PNDM", "HeunDiscrete", "UniPCMultistep"]
+    "cls",
+    [
+        "DDIM",
+        "DiscreteIPNDM",
+        "DPMSolverMultistep",
+        "DEISMultistep",
+        "PNDM",
+        "HeunDiscrete",
+        "UniPCMultistep",
+        "EulerDiscrete",
+    ],
 )
 def test_a_direction_that_is_exact_has_cosine_one(cls):
     """Where the noise does not turn: an isotropic Gaussian around zero."""
@@ -185,7 +194,7 @@ def test_a_direction_that_is_exact_has_cosine_one(cls):
     seen = result["steps"]["timestep"].tolist()
     assert seen == sorted(set(seen), reverse=True)  # of two evaluations at a timestep one
     for name in ("prediction", "corrected", "step"):
-        assert result[name].item() == pytest.approx(1, abs=1e-4)
+        np.testing.assert_allclose(result["steps"][name], 1, atol=1e-4)
 
 
 def test_corrected_is_what_the_solver_was_given():
@@ -196,9 +205,22 @@ def test_corrected_is_what_the_solver_was_given():
     assert first == pytest.approx(ideal["steps"]["prediction"][0].item(), abs=1e-9)
     # DDIM steps along g', so its step is as near to the ideal direction as that
     torch.testing.assert_close(
-        result["steps"]["step"][:-1], result["steps"]["corrected"][:-1], rtol=0, atol=1e-5
+        result["steps"]["step"], result["steps"]["corrected"], rtol=0, atol=1e-5
     )
     assert (result["steps"]["corrected"] - result["steps"]["prediction"]).abs()[1:].max() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of algorithm_type="dpmsolver"
+@pytest.mark.parametrize(
+    ("algorithm", "end"),
+    [("dpmsolver", "sigma_min"), ("dpmsolver++", "sigma_min"), ("dpmsolver++", "zero")],
+)
+def test_a_solver_of_first_order_goes_along_its_prediction(algorithm, end):
+    """Also in its last step, to noise of zero or to that of timestep 0."""
+    options = {"solver_order": 1, "algorithm_type": algorithm, "final_sigmas_type": end}
+    run = replay(schedulers.LMLDPMSolverMultistepScheduler, rank=2, damping=1.0, **options)
+    steps = computed(IdealDirection(5), run)["steps"]
+    torch.testing.assert_close(steps["step"], steps["corrected"], rtol=0, atol=1e-5)
 
 
 def test_the_step_of_a_solver_that_revises_it():
