@@ -8,7 +8,7 @@ HIGHER_IS_BETTER = (
     "image_reward",
     "precision_recall",
     "lpips_diversity",
-    "timing/images_per_second",
+    *(f"ideal_direction/{part}" for part in ("prediction", "corrected", "step")),
 )
 
 
