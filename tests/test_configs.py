@@ -33,6 +33,7 @@ def composed(*overrides: str, config: str = "sample") -> dict:
 def test_no_folder_of_configs_is_forgotten_here():
     groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
     mine = {"model", "solver", "grid", "lml", "metrics", "prompts", "logger", "experiment"}
+    mine |= {"protocol", "sweep"}
     assert mine <= groups and groups - mine <= {"train", "layout"}
 
 

@@ -8,9 +8,7 @@ HIGHER_IS_BETTER = (
     "image_reward",
     "precision_recall",
     "lpips_diversity",
-    "ideal_direction/prediction",
-    "ideal_direction/corrected",
-    "ideal_direction/step",
+    *(f"ideal_direction/{part}" for part in ("prediction", "corrected", "step")),
     "timing/images_per_second",
 )
 

@@ -13,18 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lml.metrics.direction import higher_is_better
 from lml.report import labels
 from lml.report.labels import OFF
 from lml.report.results import Cell, Result, is_timing
-
-HIGHER_IS_BETTER = (
-    "inception_score",
-    "clip_score",
-    "image_reward",
-    "precision_recall",
-    "lpips_diversity",
-    *(f"ideal_direction/{part}" for part in ("prediction", "corrected", "step")),
-)
 
 
 class Group(NamedTuple):
@@ -100,8 +92,7 @@ class Table:
     @property
     def higher(self) -> bool:
         """Whether higher is better."""
-        name = self.metric
-        return name.startswith(HIGHER_IS_BETTER) or name.endswith("cosine")
+        return higher_is_better(self.metric)
 
     @property
     def groups(self) -> list[Group]:
