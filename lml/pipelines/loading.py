@@ -145,15 +145,18 @@ def find_weights(
     such variant; safetensors, or pickled ones if there are no others and
     `config["use_safetensors"]` is false. UserError when there are none.
     """
+    if not isinstance(config.get("use_safetensors", True), bool):
+        value = config["use_safetensors"]
+        raise UserError(f"{group}.use_safetensors={value}: true or false is asked")
     there = {file.name: file for file in sorted(folder.iterdir())}
     if "config.json" not in there:
         raise UserError(f"{key}: no {folder.name}/config.json in it")
     for suffix in _suffixes(config):
         for variant in dict.fromkeys([config.get("variant"), None]):
-            name = f"\\.{re.escape(variant)}" if variant else ""
+            name = f"\\.{re.escape(str(variant))}" if variant else ""
             name = f"{STEMS[suffix]}(({SHARD})?{name}|{name}{SHARD})\\{suffix}"
             if files := tuple(there[file] for file in there if re.fullmatch(name, file)):
-                return Weights(folder, files, variant)
+                return Weights(folder, files, variant and str(variant))
     hint = ""
     for file in there:
         if match := re.fullmatch(r".*model(?:\.(\w+))?.*\.(?:safetensors|bin)", file):

@@ -241,6 +241,9 @@ def _check(config: Mapping[str, Any]) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (whole and value > 0 and value % 8 == 0):
             raise UserError(f"model.{key}={value}: a multiple of 8 pixels is asked")
+    negative = config.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"model.negative_prompt={negative}: text is asked, one for all images")
     for key in ("cpu_offload", "slicing", "use_safetensors"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"model.{key}={config[key]}: true or false is asked")

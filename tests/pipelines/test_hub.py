@@ -291,6 +291,14 @@ def test_pickled_weights_where_the_user_says_so(
     assert (pixels(tmp_path / "run") == pixels(tmp_path / "safe")).all()
 
 
+@pytest.mark.parametrize("kind", ["pixel", "latent"])
+def test_options_that_are_none(pipelines, tiny_model, kind):
+    folder = {"pixel": tiny_model, "latent": pipelines / "celebahq_ldm"}[kind]
+    with pytest.raises(UserError, match=r"^model\.use_safetensors=maybe: true or false is asked$"):
+        settings(folder, kind=kind, use_safetensors="maybe")
+    assert settings(folder, kind=kind, variant=16) == settings(folder, kind=kind)
+
+
 class Code:
     def __reduce__(self):
         return (Path.touch, (Path("ran"),))

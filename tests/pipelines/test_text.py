@@ -210,6 +210,7 @@ BAD = {
     "model.guidance_scale=-1": "model.guidance_scale=-1: a number of at least 0",
     "model.guidance_scale=nan": "model.guidance_scale=nan",
     "model.height=30": "model.height=30: a multiple of 8",
+    "model.negative_prompt=[a,b]": "model.negative_prompt=['a', 'b']: text is asked",
     "model.slicing=3": "model.slicing=3: true or false",
     "model.cpu_offload=true": "model.cpu_offload=true: an accelerator",
     "attention=fast": "attention=fast: null, or one of math",
