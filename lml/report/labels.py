@@ -52,7 +52,14 @@ def solver_label(name: str, options: str) -> str:
 
 def _load(name: str) -> dict[str, Any]:
     file = ROOT / "configs" / f"{name}.yaml"
-    return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    config = OmegaConf.load(file)
+    bases = [base for base in config.pop("defaults", []) if base != "_self_"]
+    group = name.rpartition("/")[0]
+    return OmegaConf.to_container(
+        OmegaConf.merge(*(_load(f"{group}/{base}") for base in bases), config)
+    )
 
 
 def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
