@@ -28,10 +28,6 @@ from lml.errors import UserError, nearest
 
 CONFIGS = ROOT / "configs"
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# ${squared:a,n} in a config is a * n^2
-OmegaConf.register_new_resolver(
-    "squared", lambda a, n: a * n**2 if isinstance(n, int) else n, replace=True
-)
 # The extras of setup.cfg that bring Hydra's launchers and sweepers.
 EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 # What is said in one line.

@@ -221,6 +221,8 @@ def test_markdown_and_csv_have_all_of_it():
         ({"damping": 8}, "default"),  # a number is a number
         ({"rank": 3, "damping": 16.0}, "rank=3, damping=16"),
         ({"target": "increment"}, "target=increment"),
+        ({"damping": 0.24 * 5**2}, "growing"),
+        ({"damping": 0.24 * 5**2, "rank": 1}, "growing, rank=1"),
     ],
 )
 def test_labels_of_what_differs_from_the_default(changes, label):
@@ -252,8 +254,8 @@ def test_a_solver_is_told_by_its_options():
 def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "ROOT", tmp_path)
     (tmp_path / "configs/lml").mkdir(parents=True)
-    for name in ("default", "published"):
-        changed = {**DEFAULT, "damping": "${nfe}"} | ({"rank": 9} if name == "published" else {})
+    for name in labels.PRESETS:
+        changed = {**DEFAULT, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
         OmegaConf.save(changed, tmp_path / f"configs/lml/{name}.yaml")
     labels.lml_label.cache_clear()
     try:

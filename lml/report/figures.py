@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from lml.report.labels import DEFAULT, OFF, PUBLISHED
+from lml.report.labels import DEFAULT, GROWING, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
 OTHERS = 4  # other settings than off, published and default are drawn if they are no more
-STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
+STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s"), GROWING: ("-.", "^")}
 STRIP_IMAGES = 8
 LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
 LIMIT = 0.5  # the change where a map's colours end

@@ -13,19 +13,21 @@ from omegaconf import OmegaConf
 from lml.data.assets import ROOT
 from lml.store import canonical
 
-OFF, DEFAULT, PUBLISHED = "off", "default", "published"
+OFF, DEFAULT, PUBLISHED, GROWING = "off", "default", "published", "growing"
+
+PRESETS = (DEFAULT, PUBLISHED, GROWING)
 
 
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int) -> str:
-    """ "off", "default", "published", or what differs: "rank=3, damping=16".
+    """ "off", "default", "published", "growing", or what differs: "rank=3, damping=16".
 
     `options` are those of the config group `lml`, as JSON.
     """
     ours = json.loads(options)
     if not ours.get("rank"):
         return OFF
-    changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in (DEFAULT, PUBLISHED)}
+    changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
     base = [] if name == DEFAULT and changes[name] else [name]
     return ", ".join([*base, *changes[name]])
@@ -72,7 +74,7 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 
 def order(label: str) -> tuple[int, str]:
-    """Sorts LML's labels: off, published, default, and the others by their numbers."""
-    first = [OFF, PUBLISHED, DEFAULT]
+    """Sorts LML's labels: off, published, default, growing, and the others by their numbers."""
+    first = [OFF, PUBLISHED, DEFAULT, GROWING]
     padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
     return (first.index(label) if label in first else len(first), padded)
