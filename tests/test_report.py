@@ -416,6 +416,9 @@ def test_results_of_runs_that_are_gone_are_kept(make_run, tabulate):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     tabulate()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    shutil.rmtree(stays.parent)  # as in a clone
+    tabulate()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(

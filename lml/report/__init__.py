@@ -22,18 +22,19 @@ def tabulate(cfg: DictConfig) -> Path:
     finished run with anything to show, and when the folder cannot be written to.
     """
     runs = Path(cfg.runs or Path("outputs", str(cfg.name)))
-    if not runs.is_dir():
+    out = Path(cfg.out or Path("experiments", runs.name))
+    if not runs.is_dir() and not (out / "results.csv").is_file():
         raise UserError(f"runs={runs}: no such folder; experiment=NAME of a study that was run")
     notes = []
     found = results.collect(runs, notes.append)
-    if not found:
+    older = results.from_csv(out / "results.csv", found, notes.append)
+    known = results.merge(found, older, runs)
+    if not known:
         for note in notes:
             print(note, file=sys.stderr)
         raise UserError(f"runs={runs}: no complete run with a metric or a time in it")
-    out = Path(cfg.out or Path("experiments", runs.name))
-    older = results.from_csv(out / "results.csv", found, notes.append)
-    known = results.merge(found, older, runs)
-    commands, cells = results.read_sweep(runs / "sweep.yaml", notes.append)
+    sweep = next((f for f in (runs / "sweep.yaml", out / "sweep.yaml") if f.is_file()), None)
+    commands, cells = results.read_sweep(sweep, notes.append) if sweep else ([], [])
     show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
     metrics = results.choose(known, show)
     for note in notes:
@@ -44,7 +45,7 @@ def tabulate(cfg: DictConfig) -> Path:
     rows = [r for r in known if r.metric in metrics or not results.is_timing(r.metric)]
     files["results.csv"] = results.to_csv(rows)
     if cells:
-        files["sweep.yaml"] = (runs / "sweep.yaml").read_bytes()
+        files["sweep.yaml"] = sweep.read_bytes()
     drawn, times = {}, []
     for metric in metrics:
         stem = metric.replace("/", "_")
