@@ -151,13 +151,13 @@ class LMLCorrection(nn.Module):
         fast = self.damping_scale == "relative" and self.damping >= WELL_CONDITIONED
         fast = fast and direction.dtype != torch.float64
         corrected = torch.empty_like(direction)
-        size = (len(anchors) + 1) * direction.numel() * (4 if fast else 8)
-        size = max(1, BLOCK * len(direction) // max(size, 1))
+        memory = (len(anchors) + 1) * direction.numel() * (4 if fast else 8)
+        size = max(1, BLOCK * len(direction) // max(memory, 1))
         for start in range(0, len(direction), size):
             block = slice(start, start + size)
             vectors, out = [v[block] for v in (*anchors, direction)], corrected[block]
             held = self._correct_block(vectors, out, fast)
-            if not held.all():
+            if fast and not held.all():
                 again = torch.empty_like(out[~held])
                 self._correct_block([v[~held] for v in vectors], again, fast=False)
                 out[~held] = again
@@ -173,8 +173,8 @@ class LMLCorrection(nn.Module):
     def _correct_block(self, inputs: list[Tensor], out: Tensor, fast: bool) -> Tensor:
         """Write g' of a few samples to `out` (b, ...); `inputs` are their anchors and g.
 
-        `fast` is in float32 and with the numbers as they are. Returns which samples (b,) came out
-        right: all but those whose squares, if `fast`, are out of float32's range.
+        `fast` is in float32 and with the numbers as they are, and right for the samples that are
+        returned (b,): those whose squares are in float32's range.
         """
         # Apple's GPUs have no float64.
         single = fast or out.device.type == "mps"
@@ -197,16 +197,14 @@ class LMLCorrection(nn.Module):
 
         gram = vectors @ vectors.mT
         squares = gram.diagonal(dim1=1, dim2=2)
-        held = ((squares > 1e-15) & (squares < 1e15)).all(1) | (not fast)
+        held = ((squares > 1e-15) & (squares < 1e15)).all(1)
         gram, projection = gram[:, :r, :r], gram[:, :r, r:]  # U^T U and U^T g
         mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         scale = mean_square if self.damping_scale == "relative" else anchor_scale**-2
-        largest = limits.max**0.4  # a larger damping changes nothing
+        largest = limits.max**0.8  # a larger damping changes nothing
         damping = torch.full_like(mean_square, min(self.damping, largest)) * scale
         damping = torch.maximum(damping, ROUNDING * limits.eps * mean_square)
-        damping = torch.where(damping > 0, damping, 1.0)
-        if not fast:
-            damping = damping.clamp(max=largest)
+        damping = torch.where(damping > 0, damping, 1.0).clamp(max=largest)
 
         identity = torch.eye(r, dtype=dtype, device=out.device)
         factor, _ = torch.linalg.cholesky_ex(gram + damping * identity)
