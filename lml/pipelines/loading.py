@@ -252,18 +252,21 @@ def prepare(network: nn.Module, device: torch.device, channels_last: bool) -> nn
 
 
 @contextmanager
-def finite_outputs(network: nn.Module, timesteps: Callable[[], Tensor]) -> Iterator[None]:
+def finite_outputs(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[None]:
     """FloatingPointError, naming step and timestep, when `network` returns NaN or inf inside.
 
-    `timesteps()` are those of the trajectory, known once its first step is taken.
+    Not where the scheduler `may_diverge`. Its timesteps are those of the trajectory.
     """
+    if getattr(scheduler, "may_diverge", False):
+        yield
+        return
     finite: list[Tensor] = []
 
     def check() -> None:
         flags = torch.stack(finite).tolist() if finite else [True]
         if all(flags):
             return
-        step, times = flags.index(False), timesteps()
+        step, times = flags.index(False), scheduler.timesteps
         raise FloatingPointError(
             f"the network returned NaN or inf at step {step + 1} of {len(times)}, "
             f"timestep {times[step].item():g}"

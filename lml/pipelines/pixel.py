@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -236,12 +235,7 @@ def sample(
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     x = noise.to(device, torch.promote_types(dtype, torch.float32))
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-    may_diverge = getattr(scheduler, "may_diverge", False)
-    with (
-        contextlib.nullcontext()
-        if may_diverge
-        else loading.finite_outputs(network, lambda: scheduler.timesteps)
-    ):
+    with loading.finite_outputs(network, scheduler):
         for t in scheduler.timesteps:
             inputs = scale(x, t).to(dtype, memory_format=memory_format)
             output = network(inputs, t.to(device), return_dict=False)[0].to(x.dtype)

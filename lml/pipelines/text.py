@@ -145,7 +145,7 @@ class TextSampler:
         if self.negative_prompt:
             options["negative_prompt"] = [self.negative_prompt] * len(prompts)
         self.pipe.scheduler = scheduler
-        finite = loading.finite_outputs(self.network, lambda: scheduler.timesteps)
+        finite = loading.finite_outputs(self.network, scheduler)
         with finite, _last_step(scheduler) as last:
             images = self.pipe(
                 prompt=list(prompts),
