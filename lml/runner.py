@@ -403,8 +403,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             results = evaluate(folder.images, metrics, context=context)
             for name, result in results.items():
                 result["config_sha256"] = settings_hash(config["metrics"][name])
-            on_first(lambda: _keep(results, folder.path / "metrics.json", folder.hash))
-            observer.scored(results)
+            _keep(results, folder.path / "metrics.json", folder.hash, observer)
     return folder.path
 
 
@@ -446,16 +445,16 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts, again)
         results = evaluate(images, config["metrics"], context=context)
-        observer.scored(results)  # first: should the disk be full, they have been seen
-        on_first(lambda: _keep(results, out, manifest.get("settings_sha256")))
+        _keep(results, out, manifest.get("settings_sha256"), observer)
     return out
 
 
-def _keep(results: Mapping[str, dict], path: Path, run: str | None) -> None:
-    """Add results to a JSON file: those of a run sealed with the hash of its settings."""
+def _keep(results: Mapping[str, dict], path: Path, run: str | None, observer: Observer) -> None:
+    """Say the results and add them to a JSON file, those of a run sealed with its hash."""
+    observer.scored(results)  # first: should the disk be full, they have been seen
     if run is not None:
         results = {name: sealed(entry, run, name) for name, entry in results.items()}
-    merge_json(path, results)
+    on_first(lambda: merge_json(path, results))
 
 
 def reference_run(
