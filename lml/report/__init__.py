@@ -33,8 +33,8 @@ def tabulate(cfg: DictConfig) -> Path:
         for note in notes:
             print(note, file=sys.stderr)
         raise UserError(f"runs={runs}: no complete run with a metric or a time in it")
-    sweep = next((f for f in (runs / "sweep.yaml", out / "sweep.yaml") if f.is_file()), None)
-    commands, cells = results.read_sweep(sweep, notes.append) if sweep else ([], [])
+    sweep = (runs if (runs / "sweep.yaml").is_file() else out) / "sweep.yaml"
+    commands, cells = results.read_sweep(sweep, notes.append)
     show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
     metrics = results.choose(known, show)
     for note in notes:

@@ -20,9 +20,10 @@ from lml.report.labels import DEFAULT, GROWING, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
-OTHERS = 4  # other settings than off, published and default are drawn if they are no more
+OTHERS = 4  # other settings than those with a style are drawn if they are no more
 STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s"), GROWING: ("-.", "^")}
 STRIP_IMAGES = 8
+LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
 LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
 LIMIT = 0.5  # the change where a map's colours end
 
@@ -39,7 +40,7 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 
 def worth_drawing(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a reader can tell apart: LML off, published and default, and a few others."""
+    """The rows that a reader can tell apart: LML as the presets have it, and a few others."""
     others = {row.lml for row in rows} - set(STYLES)
     return [row for row in rows if row.lml in STYLES or len(others) <= OTHERS]
 
@@ -62,7 +63,7 @@ def curves(table: Table) -> Figure | None:
     panels = drawn.subplots(1, len(groups), squeeze=False)[0]
     solvers = list(dict.fromkeys(row[1:3] for row in known))
     others = sorted({row.lml for row in known} - set(STYLES))
-    styles = {**STYLES, **dict(zip(others, itertools.product(["-."], "^vD*"), strict=False))}
+    styles = {**STYLES, **dict(zip(others, itertools.product(["-."], "vD*p"), strict=False))}
     lines = {}
     for group, axes in zip(groups, panels, strict=True):
         for row, entries in known.items():
@@ -88,8 +89,7 @@ def curves(table: Table) -> Figure | None:
             axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    options = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
-    drawn.legend(lines.values(), lines, **options)
+    drawn.legend(lines.values(), lines, **LEGEND)
     return drawn
 
 
@@ -133,8 +133,7 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
         ax.invert_xaxis()  # a trajectory begins with noise
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(table.metric)
-    options = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
-    drawn.legend(lines.values(), lines, **options)
+    drawn.legend(lines.values(), lines, **LEGEND)
     return drawn
 
 
