@@ -184,9 +184,8 @@ class _Sweeper:
     """One of Hydra's sweepers, whose cells are runs, and the launcher that it is given."""
 
     def __init__(self, config: DictConfig, loader: Any, failed: list[Exception]):
-        from lml.sweep import (
-            Sweep,
-        )  # not at the top: most of what is wrong needs no torch to be found
+        # not at the top: most of what is wrong needs no torch to be found
+        from lml.sweep import Sweep
 
         def compose(overrides: Sequence[str]) -> dict[str, Any]:
             cfg = _without_hydra(loader.load_sweep_config(config, list(overrides)))

@@ -333,7 +333,7 @@ class Sweep:
         device = use_device(cell.config["device"], cell.config["threads"])
         share = runner.Share(cell.config, device, **vars(cell.plan), stored=set())
         try:
-            return share.measure() * int(os.environ.get("WORLD_SIZE", 1))
+            return share.measure() * runner.rank_and_world()[1]
         except UserError:
             return None
 
@@ -476,7 +476,7 @@ def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "device": str(find_device(config["device"])),
         "threads": config["threads"] or torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": runner.rank_and_world()[1],
     }
 
 
