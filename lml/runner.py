@@ -16,16 +16,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers import SchedulerMixin
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -44,6 +42,8 @@ from lml.metrics.evaluate import Context, build, check_count, check_prompts, eva
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
 from lml.pipelines.trajectory import Replay, Trajectory, record
+from lml.processes import gather, joined, on_first, rank_and_world
+from lml.stopwatch import Stopwatch
 from lml.store import (
     RunError,
     RunFolder,
@@ -245,117 +245,6 @@ def plan(cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | 
     return Plan(model, prompts, scheduler, steps, RunFolder(str(path), settings))
 
 
-# --- processes ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        yield
-        return
-    # Shares are unequal, and torchrun ends the others when one fails: so wait as long as it takes.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def on_first(function: Callable[[], Any]) -> Any:
-    """What `function` returns or raises in the first process, in all of them."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return function()
-    outcome = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = error
-    _collective(dist.broadcast_object_list, outcome)
-    value, error = outcome
-    if error is not None:
-        error.elsewhere = rank > 0
-        raise error
-    return value
-
-
-def _collective(function: Callable, *args: Any) -> None:
-    try:
-        function(*args)
-    except RuntimeError:  # gloo's "connection closed by peer", in its many wordings
-        raise RunError("another process has ended; its own line says why") from None
-
-
-# --- time --------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """Seconds by part of the work, and the number of samples that a network evaluated.
-
-    On CUDA it records events, and looks at them only when it is read.
-    """
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.evaluations = 0
-        self._spans = []
-        self._hooks = []
-
-    @contextlib.contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Count the time spent inside as `part`."""
-        start = self._now()
-        yield
-        self._spans.append((part, start, self._now()))
-
-    def attach(self, module: nn.Module, part: str, count: bool = False) -> None:
-        """Count the time of every call of `module` as `part`; with `count`, its samples, too.
-
-        Until `close`.
-        """
-        starts = []
-
-        def before(_: nn.Module, args: tuple, options: dict) -> None:
-            if count:
-                inputs = options.get("hidden_states", options.get("sample"))
-                self.evaluations += len(args[0] if args else inputs)
-            starts.append(self._now())
-
-        def after(*_: Any) -> None:
-            self._spans.append((part, starts.pop(), self._now()))
-
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(after))
-
-    def close(self) -> None:
-        """Let go of all modules."""
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def seconds(self) -> Counter:
-        """Seconds by part so far."""
-        total = Counter()
-        if self.cuda:
-            torch.cuda.synchronize()
-        for part, start, end in self._spans:
-            total[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
-        return total
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 # --- the run -----------------------------------------------------------------------------------
 
 
@@ -388,7 +277,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     observer = observer or Observer()
     check(config)
     device = use_device(config["device"], config["threads"])
-    with processes():
+    with joined():
         check_prompts(config["metrics"], bool(config["prompts"]))
         metrics = build(config["metrics"])  # before any work, since it may be a typo
         check_count(metrics, config["num_images"])
@@ -441,7 +330,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     out = Path(out) if out else Path(run_dir or images) / "metrics.json"
     if Path(images).is_dir() and not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: {out.parent} cannot be written to; give out=FILE elsewhere")
-    with processes():
+    with joined():
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts, again)
         results = evaluate(images, config["metrics"], context=context)
@@ -687,12 +576,7 @@ class Share:
     def _timing(
         self, watch: Stopwatch, images: int, seconds: float, guided: bool
     ) -> dict[str, Any]:
-        _, world = rank_and_world()
-        mine = (watch.seconds(), watch.evaluations, images, seconds, guided)
-        shares = [mine]
-        if world > 1:
-            shares = [None] * world
-            _collective(dist.all_gather_object, shares, mine)
+        shares = gather((watch.seconds(), watch.evaluations, images, seconds, guided))
         parts = sum((share[0] for share in shares), Counter())
         evaluations, images = (sum(share[i] for share in shares) for i in (1, 2))
         per_image, nfe = evaluations / images, self.cfg["nfe"]
@@ -719,7 +603,7 @@ class Share:
             "guidance_evaluations_per_image": per_image - nfe,
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
             "outside_network": round(1 - inside / total, 4),
-            "processes": world,
+            "processes": len(shares),
             "threads": torch.get_num_threads(),
             "device": str(self.device),
         }

@@ -25,7 +25,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from lml import runner
+from lml import processes, runner
 from lml.cli import say
 from lml.device import find_device, use_device
 from lml.errors import UserError, nearest
@@ -166,7 +166,7 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         # For all cells at once: processes that part cannot meet again at the same address.
-        self._joined = runner.processes()
+        self._joined = processes.joined()
         self._joined.__enter__()
         return self
 
@@ -333,7 +333,7 @@ class Sweep:
         device = use_device(cell.config["device"], cell.config["threads"])
         share = runner.Share(cell.config, device, **vars(cell.plan), stored=set())
         try:
-            return share.measure() * runner.rank_and_world()[1]
+            return share.measure() * processes.rank_and_world()[1]
         except UserError:
             return None
 
@@ -476,7 +476,7 @@ def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "device": str(find_device(config["device"])),
         "threads": config["threads"] or torch.get_num_threads(),
-        "processes": runner.rank_and_world()[1],
+        "processes": processes.rank_and_world()[1],
     }
 
 

@@ -1,0 +1,69 @@
+"""The processes that torchrun started: joining them, and deciding things in the first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from lml.errors import UserError
+from lml.store import RunError
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started, if any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    # Shares are unequal, and torchrun ends the others when one fails: so wait as long as it takes.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What `function` returns or raises in the first process, in all of them."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return function()
+    outcome = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
+    _collective(dist.broadcast_object_list, outcome)
+    value, error = outcome
+    if error is not None:
+        error.elsewhere = rank > 0
+        raise error
+    return value
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of every process, in all of them."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values = [None] * world
+    _collective(dist.all_gather_object, values, value)
+    return values
+
+
+def _collective(function: Callable, *args: Any) -> None:
+    try:
+        function(*args)
+    except RuntimeError:  # gloo's "connection closed by peer", in its many wordings
+        raise RunError("another process has ended; its own line says why") from None
