@@ -33,6 +33,19 @@ ROUNDING = 500  # machine epsilons of mean |u|^2: a smaller damping drowns in U^
 WELL_CONDITIONED = 1.0  # relative damping from which float32 loses no more than a digit
 
 
+def default_damping(rank: int, steps: int | None = None) -> float:
+    """lambda / mean |u|^2 where none is given: r (r + 1), times (steps / 5)^2 above 5 steps.
+
+    Anchors that are g of the last r steps make of g, to first order, g + sum_i (g - u_i) / lambda,
+    so that r (r + 1) turns it by half a step's change: by what a solver of first order lacks
+    (Adams-Bashforth), however many its `steps` are (None). One of a higher order lacks less the
+    shorter they are: with (steps / 5)^2 it keeps its order, up to the third. That this begins at 5
+    is measured (experiments/README.md).
+    """
+    growth = 1.0 if steps is None else max(1.0, steps / 5) ** 2
+    return max(1, rank * (rank + 1)) * growth
+
+
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:
     if not valid:
         raise ValueError(f"{name}={value}: must be {allowed}")
@@ -47,9 +60,10 @@ class LMLCorrection(nn.Module):
 
     Args:
         rank: r >= 0, the number of anchors; 0 returns every direction unchanged.
-        damping: lambda > 0, on the scale that `damping_scale` sets.
-        damping_scale: "relative": lambda = damping * mean_i |u_i|^2, free of units, resolution and
-            step size; "absolute": lambda = damping, as published.
+        damping: lambda > 0, on the scale that `damping_scale` sets; None is `default_damping(rank)`
+            or what a scheduler knows to be better (`reset`), and relative.
+        damping_scale: of a given damping: "relative": lambda = damping * mean_i |u_i|^2, free of
+            units, resolution and step size; "absolute": lambda = damping, as published.
         anchor: "history": the last r uncorrected directions; "ema": the one anchor
             u = kappa * g_previous + (1 - kappa) * g, as published.
         kappa: in [0, 1], of `anchor="ema"`. At 0 the anchor is g itself, d is parallel to g, and
@@ -65,7 +79,7 @@ class LMLCorrection(nn.Module):
     def __init__(
         self,
         rank: int = 2,
-        damping: float = 8.0,
+        damping: float | None = None,
         damping_scale: str = "relative",
         anchor: str = "history",
         kappa: float = 0.0,
@@ -77,7 +91,7 @@ class LMLCorrection(nn.Module):
         whole = isinstance(rank, Integral) and not isinstance(rank, bool)
         _check("rank", rank, whole and rank >= 0, "a whole number >= 0")
         positive = _is_real(damping) and math.isfinite(damping) and damping > 0
-        _check("damping", damping, positive, "a finite number > 0")
+        _check("damping", damping, damping is None or positive, "a finite number > 0")
         _check(
             "damping_scale",
             damping_scale,
@@ -90,8 +104,10 @@ class LMLCorrection(nn.Module):
         _check("freeze", freeze, _is_real(freeze) and 0 <= freeze <= 1, "in [0, 1]")
         _check("rank", rank, anchor == "history" or rank <= 1, "0 or 1 with anchor=ema")
         self.rank = int(rank)
-        self.damping = float(damping)
+        self.has_default_damping = damping is None
+        self.damping = default_damping(self.rank) if damping is None else float(damping)
         self.damping_scale = damping_scale
+        self.is_relative = self.has_default_damping or damping_scale == "relative"
         self.anchor = anchor
         self.kappa = float(kappa)
         self.norm_preserving = norm_preserving
@@ -100,15 +116,21 @@ class LMLCorrection(nn.Module):
         self.history: list[Tensor] = []  # the last uncorrected directions, oldest first
 
     def extra_repr(self) -> str:
+        scale = "relative" if self.is_relative else "absolute"
         return (
-            f"rank={self.rank}, damping={self.damping} ({self.damping_scale}), "
+            f"rank={self.rank}, damping={self.damping} ({scale}), "
             f"anchor={self.anchor}, kappa={self.kappa}, "
             f"norm_preserving={self.norm_preserving}, freeze={self.freeze}"
         )
 
-    def reset(self) -> None:
-        """Forget all anchors: the next direction is the first of a trajectory."""
+    def reset(self, damping: float | None = None) -> None:
+        """Forget all anchors: the next direction is the first of a trajectory.
+
+        `damping` is that of the trajectory, relative, where the options give none.
+        """
         self.history.clear()
+        if self.has_default_damping and damping is not None:
+            self.damping = damping
 
     def forward(self, direction: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The corrected direction g', of the shape (B, ...), type and device of `direction`.
@@ -148,7 +170,7 @@ class LMLCorrection(nn.Module):
             return direction
 
         # The damping holds the condition number under 1 + r / damping.
-        fast = self.damping_scale == "relative" and self.damping >= WELL_CONDITIONED
+        fast = self.is_relative and self.damping >= WELL_CONDITIONED
         fast = fast and direction.dtype != torch.float64
         corrected = torch.empty_like(direction)
         memory = (len(anchors) + 1) * direction.numel() * (4 if fast else 8)
@@ -200,7 +222,7 @@ class LMLCorrection(nn.Module):
         held = ((squares > 1e-15) & (squares < 1e15)).all(1)
         gram, projection = gram[:, :r, :r], gram[:, :r, r:]  # U^T U and U^T g
         mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        scale = mean_square if self.damping_scale == "relative" else anchor_scale**-2
+        scale = mean_square if self.is_relative else anchor_scale**-2
         largest = limits.max**0.8  # a larger damping changes nothing
         damping = torch.full_like(mean_square, min(self.damping, largest)) * scale
         damping = torch.maximum(damping, ROUNDING * limits.eps * mean_square)

@@ -204,14 +204,24 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
 
 
 def determine(
-    cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | None = None
+    cfg: Mapping[str, Any],
+    model: Model,
+    prompts: prompt_sets.PromptSet | None,
+    scheduler: SchedulerMixin,
 ) -> dict[str, Any]:
-    """The settings that determine the images; their hash names the run."""
+    """The settings that determine the images; their hash names the run.
+
+    `scheduler` has its timesteps set.
+    """
     keys = ("nfe", "seed", "num_images", "batch_size", "dtype", "compile", "channels_last")
     optional = {"attention": cfg["attention"]} if cfg["attention"] else {}
     if prompts is not None:
         optional["prompts"] = prompts.settings
     lml = cfg["lml"] if cfg["lml"].get("rank") != 0 else {"rank": 0}
+    if (correction := getattr(scheduler, "correction", None)) and correction.rank:
+        # what it is where none was given
+        scale = "relative" if correction.is_relative else "absolute"
+        lml = {**lml, "damping": correction.damping, "damping_scale": scale}
     return {
         "model": model.settings,
         "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
@@ -240,7 +250,7 @@ def plan(cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | 
     """
     scheduler = make_scheduler(cfg, model)
     steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
-    settings = determine(cfg, model, prompts)
+    settings = determine(cfg, model, prompts, scheduler)
     path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
     return Plan(model, prompts, scheduler, steps, RunFolder(str(path), settings))
 

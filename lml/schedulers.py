@@ -40,7 +40,7 @@ from diffusers import SchedulerMixin as SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from lml.correction import LMLCorrection
+from lml.correction import LMLCorrection, default_damping
 from lml.ipndm import DiscreteIPNDMScheduler
 from lml.prediction import change_noise
 
@@ -56,6 +56,16 @@ def _parameters() -> list[inspect.Parameter]:
 
 PARAMETERS = _parameters()  # the keyword options that LML adds to a scheduler
 OPTIONS = tuple(parameter.name for parameter in PARAMETERS)
+# Grids whose steps in the middle of a trajectory, where the image is decided, are so long that
+# solvers of higher orders extrapolate too far on their own.
+EVEN_IN_LOG_SNR = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
+EVEN_IN_LOG_SNR_FACTOR = 8.0  # on the default damping
+ADAMS_BASHFORTH = 4.0  # the same: the formula of fourth order multiplies what the correction adds
 
 
 def _like(parent: Callable, method: Callable) -> Callable:
@@ -77,6 +87,7 @@ class LMLSchedulerMixin:
 
     targets: tuple[str, ...] = ("prediction",)
     correction_class: type[LMLCorrection] = LMLCorrection
+    damping_factor = 1.0  # on the default damping
     may_diverge = False  # samples that are NaN or inf are a result, and no error
 
     def __init_subclass__(cls, **kwargs):
@@ -117,9 +128,24 @@ class LMLSchedulerMixin:
             )
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the parent's; forgets all anchors."""
+        """As the parent's; forgets all anchors, and chooses the damping if none was given."""
         super().set_timesteps(*args, **kwargs)
-        self.correction.reset()
+        # What the correction adds is what a solver of first order lacks; it disturbs the others.
+        steps = None if self.is_first_order else len(self.timesteps)
+        damping = self.damping_factor * default_damping(self.correction.rank, steps)
+        if any(map(self._own, EVEN_IN_LOG_SNR)):
+            damping *= EVEN_IN_LOG_SNR_FACTOR
+        self.correction.reset(damping)
+
+    @property
+    def is_first_order(self) -> bool:
+        """Whether the solver, as it is configured, converges in proportion to its steps only."""
+        return (self._own("solver_order") or self.order) == 1
+
+    def _own(self, option: str):
+        # A configuration also holds options of schedulers that it was converted from.
+        known = inspect.signature(type(self)).parameters
+        return self.config.get(option) if option in known else None
 
     def step(self, model_output: Tensor, timestep, sample: Tensor, *args, **kwargs):
         """As the parent's, with the direction that `target` names corrected."""
@@ -225,6 +251,8 @@ class LMLUniPCMultistepScheduler(LMLSchedulerMixin, UniPCMultistepScheduler):
     """UniPC (arXiv 2302.04867) with LML; the increment is the predictor's."""
 
     targets = ("prediction", "increment")
+    damping_factor = 2.0  # the corrector does half of the work
+    is_first_order = False  # the corrector adds one to `solver_order`
 
     def _split(self, output, timestep, sample):
         # the predictor starts from the sample that the corrector has just revised
@@ -243,13 +271,22 @@ class LMLDEISMultistepScheduler(LMLSchedulerMixin, DEISMultistepScheduler):
 class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
     """PNDM (arXiv 2202.09778) with LML."""
 
+    damping_factor = ADAMS_BASHFORTH
+    is_first_order = False
+
 
 class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
     """Improved PNDM with LML; its own noise schedule, as in diffusers."""
 
+    damping_factor = ADAMS_BASHFORTH
+    is_first_order = False
+
 
 class LMLDiscreteIPNDMScheduler(LMLSchedulerMixin, DiscreteIPNDMScheduler):
     """Improved PNDM (arXiv 2204.13902) on a DDPM's noise schedule, with LML."""
+
+    damping_factor = ADAMS_BASHFORTH
+    is_first_order = False
 
 
 class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):

@@ -72,7 +72,7 @@ def test_a_crash_in_a_cell_is_named_and_the_others_are_made(script, toy, tmp_pat
 def test_help_shows_groups_and_keys(script):
     outcome = script("sample", "--help")
     assert not outcome.code and "solver: " in outcome.out and "dpmsolverpp" in outcome.out
-    assert "damping: 8.0" in outcome.out and "num_images: 64" in outcome.out
+    assert "damping: null" in outcome.out and "num_images: 64" in outcome.out
 
 
 def test_lines_name_the_rank(monkeypatch, capfd):

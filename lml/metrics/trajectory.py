@@ -314,8 +314,7 @@ def _against_hessian(
     spectral, hilbert_schmidt = eigenvalues.abs().max(), torch.linalg.vector_norm(eigenvalues)
 
     mean_square = U.square().sum(0).mean()
-    relative = correction.damping_scale == "relative"
-    damping = correction.damping * mean_square if relative else correction.damping
+    damping = correction.damping * (mean_square if correction.is_relative else 1.0)
     H = U @ U.T + damping * identity
 
     def distances(matrix: Tensor) -> list[Tensor]:

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from lml.report.labels import DEFAULT, GROWING, OFF, PUBLISHED
+from lml.report.labels import DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
 OTHERS = 4  # other settings than those with a style are drawn if they are no more
-STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s"), GROWING: ("-.", "^")}
+STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
 STRIP_IMAGES = 8
 LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
 LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
@@ -146,7 +146,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     panels = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for result in results:
         lml = json.loads(result.lml)
-        if result.metric != table.metric or not lml["rank"]:
+        if result.metric != table.metric or not lml["rank"] or lml["damping"] is None:
             continue
         place = lml.pop("rank"), lml.pop("damping")
         key = (row_of(result)._replace(lml=OFF), json.dumps(lml, sort_keys=True))

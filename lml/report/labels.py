@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from lml.data.assets import ROOT
 from lml.store import canonical
 
-OFF, DEFAULT, PUBLISHED, GROWING = "off", "default", "published", "growing"
+OFF, DEFAULT, PUBLISHED = "off", "default", "published"
 
-PRESETS = (DEFAULT, PUBLISHED, GROWING)
+PRESETS = (DEFAULT, PUBLISHED)
 
 
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int) -> str:
-    """ "off", "default", "published", "growing", or what differs: "rank=3, damping=16".
+    """ "off", "default", "published", or what differs: "rank=3, damping=16".
 
     `options` are those of the config group `lml`, as JSON.
     """
@@ -74,7 +74,7 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 
 def order(label: str) -> tuple[int, str]:
-    """Sorts LML's labels: off, published, default, growing, and the others by their numbers."""
-    first = [OFF, PUBLISHED, DEFAULT, GROWING]
+    """Sorts LML's labels: off, published, default, and the others by their numbers."""
+    first = [OFF, PUBLISHED, DEFAULT]
     padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
     return (first.index(label) if label in first else len(first), padded)

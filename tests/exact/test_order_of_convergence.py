@@ -246,13 +246,13 @@ def test_deis_in_float32_diverges_with_the_steps():
 # LML on: with a damping that does not grow with the steps, no solver keeps its higher order.
 
 
-def lml_order(solver: str, grow: bool, **options) -> float:
-    """At rank 2 and a relative damping of 8, or of 0.24 · steps², by 90 and 180 steps."""
+def lml_order(solver: str, damping: float | str, **options) -> float:
+    """At rank 2 by 90 and 180 steps, with this relative damping, "as steps²", or the "default"."""
     name, own, _ = SOLVERS[solver]
     errors = []
     for stride in (10, 5):
-        damping = 0.24 * (900 / stride) ** 2 if grow else 8.0
-        lml = {"rank": 2, "damping": damping, "damping_scale": "relative", **options}
+        number = {"default": None, "as steps²": 0.24 * (900 / stride) ** 2}.get(damping, damping)
+        lml = {"rank": 2, "damping": number, "damping_scale": "relative", **options}
         errors.append(ERRORS.get(name, error)(make(name, own | lml, "LML"), stride))
     return np.log2(errors[0] / errors[1])
 
@@ -261,14 +261,20 @@ def lml_order(solver: str, grow: bool, **options) -> float:
 def test_lml_with_constant_damping_is_of_first_order(solver):
     """Consecutive predictions differ by O(h), and so do g and a g' that is g less a fixed share
     of its anchors, normalised: an error of h² a step, whatever the solver's own order."""
-    assert lml_order(solver, grow=False) == pytest.approx(1, abs=0.2)
+    assert lml_order(solver, damping=8.0) == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_lml_with_damping_as_steps_squared_keeps_the_order_up_to_three(solver):
     """Then g' − g is O(h · h²)."""
     order = min(SOLVERS[solver][2], 3)
-    assert lml_order(solver, grow=True) == pytest.approx(order, abs=0.3)
+    assert lml_order(solver, damping="as steps²") == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_lml_at_its_default_keeps_the_order(solver):
+    """Up to three, as with steps²; first-order solvers have a constant damping by default."""
+    assert lml_order(solver, damping="default") > min(SOLVERS[solver][2], 3) - 0.3
 
 
 @pytest.mark.parametrize(
@@ -286,5 +292,5 @@ def test_lml_with_damping_as_steps_squared_keeps_the_order_up_to_three(solver):
     ],
 )
 def test_lml_on_other_targets(solver, target, constant, grown):
-    assert lml_order(solver, grow=False, target=target) == pytest.approx(constant, abs=0.2)
-    assert lml_order(solver, grow=True, target=target) == pytest.approx(grown, abs=0.3)
+    assert lml_order(solver, 8.0, target=target) == pytest.approx(constant, abs=0.2)
+    assert lml_order(solver, "as steps²", target=target) == pytest.approx(grown, abs=0.3)
