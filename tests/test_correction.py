@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lml.correction import LMLCorrection
+from lml.correction import LMLCorrection, default_damping
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -268,6 +268,34 @@ def test_half_precision_is_the_rounding_of_float32():
         halves = [v.to(dtype) for v in directions(3, seed=9)]
         expected = last(LMLCorrection(2), [v.float() for v in halves]).to(dtype)
         assert torch.equal(last(LMLCorrection(2), halves), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_the_default_damping_turns_by_half_a_step(rank):
+    """Directions that turn by the same small angle each step: g' is g turned by half of it more."""
+    step = 1e-3
+    turning = [
+        torch.tensor([[math.cos(k * step), math.sin(k * step)]], dtype=torch.float64)
+        for k in range(rank + 1)
+    ]
+    x, y = last(LMLCorrection(rank=rank), turning)[0].tolist()
+    assert math.atan2(y, x) - rank * step == pytest.approx(0.5 * step, rel=1e-2)
+
+
+def test_the_default_damping_by_steps():
+    assert [default_damping(r) for r in (0, 1, 2, 3)] == [1, 2, 6, 12]
+    assert [default_damping(2, n) for n in (2, 5, 10, 20)] == [6, 6, 24, 96]
+
+
+def test_a_damping_that_is_told_at_reset_is_taken_where_none_was_given():
+    given, free = LMLCorrection(damping=3.0), LMLCorrection(damping_scale="absolute")
+    for correction in (given, free):
+        correction.reset(40.0)
+        correction.reset()
+    assert (given.damping, free.damping) == (3.0, 40.0)
+    # a default damping is relative, whatever the scale of a given one
+    expected, directions = LMLCorrection(damping=40.0), torch.randn(4, 2, 8).unbind()
+    assert torch.equal(last(free, directions), last(expected, directions))
 
 
 def test_limits_of_the_damping():

@@ -404,6 +404,47 @@ def test_a_learned_variance_is_left_alone():
         sample = narrow
 
 
+@pytest.mark.parametrize(
+    ("cls", "options", "expected"),
+    [
+        # first order: r (r + 1), however many steps
+        (schedulers.LMLDDIMScheduler, {}, 6),
+        (schedulers.LMLDDIMScheduler, {"rank": 3}, 12),
+        (schedulers.LMLEulerDiscreteScheduler, {}, 6),
+        (schedulers.LMLFlowMatchEulerDiscreteScheduler, {}, 6),
+        (schedulers.LMLDPMSolverMultistepScheduler, {"solver_order": 1}, 6),
+        # higher orders: times (evaluations / 5)²
+        (schedulers.LMLDPMSolverMultistepScheduler, {"solver_order": 3}, 24),
+        (schedulers.LMLDPMSolverSinglestepScheduler, {}, 24),
+        (schedulers.LMLDEISMultistepScheduler, {}, 24),
+        (schedulers.LMLHeunDiscreteScheduler, {}, 6 * 3.8**2),  # 19 evaluations
+        (schedulers.LMLUniPCMultistepScheduler, {"solver_order": 1}, 48),
+        (schedulers.LMLIPNDMScheduler, {}, 96),
+        (schedulers.LMLDiscreteIPNDMScheduler, {}, 96),
+        (schedulers.LMLPNDMScheduler, {"skip_prk_steps": True}, 96 * 1.1**2),
+        # grids that are even in log-SNR
+        (schedulers.LMLDPMSolverMultistepScheduler, {"use_karras_sigmas": True}, 192),
+        (schedulers.LMLUniPCMultistepScheduler, {"use_exponential_sigmas": True}, 384),
+        # given ones are left alone
+        (schedulers.LMLDPMSolverMultistepScheduler, {"damping": 9.0}, 9),
+    ],
+)
+def test_the_default_damping_is_the_solvers(cls, options, expected):
+    scheduler = cls(**options)
+    for steps in (30, 10):  # chosen anew for each trajectory
+        scheduler.set_timesteps(steps)
+    assert scheduler.correction.damping == pytest.approx(expected)
+    assert scheduler.config.damping == options.get("damping")
+    assert cls.from_config(scheduler.config).config.damping == options.get("damping")
+
+
+def test_the_default_damping_is_not_that_of_the_solver_it_was_converted_from():
+    fine = schedulers.LMLDPMSolverMultistepScheduler(solver_order=3, use_karras_sigmas=True)
+    scheduler = schedulers.LMLDDIMScheduler.from_config(fine.config)
+    scheduler.set_timesteps(10)
+    assert scheduler.correction.damping == 6
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_freeze_leaves_the_early_steps_alone(cls):
     expected, frozen = trajectory(parent_of(cls)()), trajectory(cls(freeze=1.0))

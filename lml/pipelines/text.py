@@ -95,7 +95,8 @@ class TextSampler:
         self.parts = {name: module for name, module in parts.items() if module is not None}
         self.latents: Tensor | None = None
         self.accepted = inspect.signature(pipe.__call__).parameters
-        self.options = {"guidance_scale": config["guidance_scale"], **(config.get("call") or {})}
+        self.extra = dict(config.get("call") or {})
+        self.options = {"guidance_scale": config["guidance_scale"], **self.extra}
         for key in ("height", "width"):
             if config.get(key):
                 self.options[key] = config[key]
@@ -146,14 +147,24 @@ class TextSampler:
             options["negative_prompt"] = [self.negative_prompt] * len(prompts)
         self.pipe.scheduler = scheduler
         finite = loading.finite_outputs(self.network, scheduler)
-        with finite, _last_step(scheduler) as last:
-            images = self.pipe(
-                prompt=list(prompts),
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="pt",
-                **options,
-            ).images
+        try:
+            with finite, _last_step(scheduler) as last:
+                images = self.pipe(
+                    prompt=list(prompts),
+                    num_inference_steps=steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    output_type="pt",
+                    **options,
+                ).images
+        except (AttributeError, TypeError, ValueError) as error:
+            if not self.extra or isinstance(error, UserError):
+                raise
+            # Such an option is diffusers' affair, and some fail in it: clip_skip does with
+            # transformers 5.
+            given = ", ".join(f"{key}={value}" for key, value in self.extra.items())
+            raise UserError(
+                f"model.call: {type(self.pipe).__name__} fails with {given} ({error})"
+            ) from error
         self.latents = last.pop()
         return 2 * images.float() - 1
 

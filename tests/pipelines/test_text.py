@@ -215,6 +215,7 @@ BAD = {
     "model.cpu_offload=true": "model.cpu_offload=true: an accelerator",
     "attention=fast": "attention=fast: null, or one of math",
     "+model.call.magic=1": "model.magic: StableDiffusionPipeline takes no such option",
+    "+model.call.clip_skip=1": "model.call: StableDiffusionPipeline fails with clip_skip=1",
     "num_images=4": "num_images=4: prompts=text has 3",
     "model.path=nowhere": "model.path=nowhere: no such folder",
     "solver=flow_euler": "solver=flow_euler: not for sd15",
