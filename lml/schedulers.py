@@ -65,7 +65,7 @@ EVEN_IN_LOG_SNR = (
     "use_lu_lambdas",
 )
 EVEN_IN_LOG_SNR_FACTOR = 8.0  # on the default damping
-ADAMS_BASHFORTH = 4.0  # the same: the formula of fourth order multiplies what the correction adds
+ADAMS_BASHFORTH = 16.0  # the same: the formula of fourth order multiplies what the correction adds
 
 
 def _like(parent: Callable, method: Callable) -> Callable:

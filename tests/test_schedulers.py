@@ -419,9 +419,9 @@ def test_a_learned_variance_is_left_alone():
         (schedulers.LMLDEISMultistepScheduler, {}, 24),
         (schedulers.LMLHeunDiscreteScheduler, {}, 6 * 3.8**2),  # 19 evaluations
         (schedulers.LMLUniPCMultistepScheduler, {"solver_order": 1}, 48),
-        (schedulers.LMLIPNDMScheduler, {}, 96),
-        (schedulers.LMLDiscreteIPNDMScheduler, {}, 96),
-        (schedulers.LMLPNDMScheduler, {"skip_prk_steps": True}, 96 * 1.1**2),
+        (schedulers.LMLIPNDMScheduler, {}, 384),
+        (schedulers.LMLDiscreteIPNDMScheduler, {}, 384),
+        (schedulers.LMLPNDMScheduler, {"skip_prk_steps": True}, 384 * 1.1**2),
         # grids that are even in log-SNR
         (schedulers.LMLDPMSolverMultistepScheduler, {"use_karras_sigmas": True}, 192),
         (schedulers.LMLUniPCMultistepScheduler, {"use_exponential_sigmas": True}, 384),
