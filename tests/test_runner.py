@@ -101,7 +101,6 @@ def test_an_image_is_the_loop_written_out(finished, tiny_model):
         algorithm_type="dpmsolver++",
         solver_order=3,
         rank=2,
-        damping=8.0,
     )
     scheduler.set_timesteps(4)
     x = torch.stack(
