@@ -43,6 +43,7 @@ from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
 from lml.pipelines.trajectory import Replay, Trajectory, record
 from lml.processes import gather, joined, on_first, rank_and_world
+from lml.schedulers import EVEN_IN_LOG_SNR
 from lml.stopwatch import Stopwatch
 from lml.store import (
     RunError,
@@ -71,13 +72,7 @@ ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 # Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
-GRID = (
-    "timestep_spacing",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_lu_lambdas",
-)
+GRID = ("timestep_spacing", *EVEN_IN_LOG_SNR)
 Model = pixel.PixelModel | TextModel
 Sampler = pixel.PixelSampler | TextSampler
 PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra-core")
