@@ -162,8 +162,9 @@ class TextSampler:
             # Such an option is diffusers' affair, and some fail in it: clip_skip does with
             # transformers 5.
             given = ", ".join(f"{key}={value}" for key, value in self.extra.items())
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"model.call: {type(self.pipe).__name__} fails with {given} ({error})"
+                f"model.call: {type(self.pipe).__name__} fails with {given} ({reason})"
             ) from error
         self.latents = last.pop()
         return 2 * images.float() - 1
