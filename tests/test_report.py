@@ -132,7 +132,7 @@ def test_the_gain_is_over_its_own_base():
 def test_the_gain_is_over_the_seeds_that_both_have():
     given = several("off", [1.0, 2.0, 30.0]) + several("default", [0.9, 1.8])
     table = tables.build("fd", given)
-    assert "(-10.0 %)" in markdown(table, [])
+    assert "(-10.0 ± 0.0 %)" in markdown(table, [])
     assert any("the change is over seeds 0, 10, which" in note for note in table.notes)
     apart = [*several("off", [1.0]), result("default", seed=50, run="x")]
     table = tables.build("fd", apart)
@@ -140,9 +140,20 @@ def test_the_gain_is_over_the_seeds_that_both_have():
     assert any("no seed" in note for note in table.notes)
 
 
+def test_the_spread_of_the_gain_is_that_of_each_seed_against_itself():
+    """Seeds that differ much in both settings alike say much about the gain."""
+    base, ours = Entry({0: 10.0, 50: 20.0}, 10), Entry({0: 9.0, 50: 17.0}, 10)
+    assert tables.change(ours, base) == f"-13.3 ± {statistics.stdev([10.0, 15.0]):.1f} %"
+    assert tables.change(ours, dataclasses.replace(base, num_images=100)).endswith("± 3.5 %")
+    near = Entry({0: 9.0, 50: 17.0}, 100)  # seeds that share noise
+    assert tables.change(near, base) == "-13.3 %"
+
+
 def test_a_base_that_is_not_positive_has_no_per_cent():
     base, ours = Entry({0: -0.5}, 1), Entry({0: 0.25}, 1)
     assert tables.change(ours, base) == "+0.75"
+    two = Entry({0: -0.5, 1: 1.5}, 1), Entry({0: 0.5, 1: 2.5}, 1)
+    assert tables.change(two[1], two[0]) == "+1 ± 0"
     assert tables.change(base, ours) == "-300.0 %"
     assert tables.change(ours, Entry({0: 0.0}, 1)) == ""
 
@@ -189,7 +200,7 @@ def test_the_best_with_lml_against_the_best_without():
     text = markdown(tables.build("fd", given), [])
     contest = text.split("| evaluations |")[1].splitlines()[2]
     assert contest == (
-        "| 5 | 1.050 ± 0.071 (unipc) | 0.5250 ± 0.035 (unipc, LML damping=16) | **-50.0 %** |"
+        "| 5 | 1.050 ± 0.071 (unipc) | 0.5250 ± 0.035 (unipc, LML damping=16) | **-50.0 ± 0.0 %** |"
     )
 
 
@@ -569,7 +580,7 @@ def test_times_are_shown_when_asked_or_alone(make_run, tabulate):
     table = (out / "timing_nfe5.md").read_text()
     assert table.startswith("| solver | grid | LML | correction ms | scheduler ms | paper |")
     assert line_of(table, "default", "1.000 ± 0") == [
-        *("ddim", "default", "default", "1.000 ± 0", "2.900 ± 0.14 (+52.6 %)", "")
+        *("ddim", "default", "default", "1.000 ± 0", "2.900 ± 0.14 (+52.6 ± 3.9 %)", "")
     ]
     assert "Milliseconds" in table and "at 5 evaluations" in table and "threads 1" in table
     assert "best" not in table and "**" not in table

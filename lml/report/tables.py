@@ -136,15 +136,21 @@ class Table:
 def change(entry: Entry, base: Entry) -> str:
     """By how much `entry` differs from `base`, over the seeds that both have; "" without any.
 
-    In per cent, or plainly if the base is negative; "" if it is zero.
+    In per cent, or plainly if the base is negative; "" if it is zero. With its own standard
+    deviation over these seeds, each against itself: both begin from the same noise, so that what
+    a seed does to both is no part of it.
     """
-    seeds = entry.values.keys() & base.values.keys()
-    if not seeds:
+    seeds = sorted(entry.values.keys() & base.values.keys())
+    ours, theirs = ([e.values[seed] for seed in seeds] for e in (entry, base))
+    if not seeds or statistics.fmean(theirs) == 0:
         return ""
-    ours, theirs = (statistics.fmean(e.values[seed] for seed in seeds) for e in (entry, base))
-    if theirs == 0:
-        return ""
-    return f"{100 * (ours / theirs - 1):+.1f} %" if theirs > 0 else f"{ours - theirs:+.3g}"
+    relative = min(theirs) > 0
+    changes = [100 * (a / b - 1) if relative else a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.fmean(ours) - statistics.fmean(theirs)
+    mean *= 100 / statistics.fmean(theirs) if relative else 1
+    std = Entry(dict(zip(seeds, changes, strict=True)), entry.num_images).std
+    spread = "" if math.isnan(std) else f" ± {std:.1f}" if relative else f" ± {std:.2g}"
+    return f"{mean:+.1f}{spread} %" if relative else f"{mean:+.3g}{spread}"
 
 
 # --- from results to a table -------------------------------------------------------------------

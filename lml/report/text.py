@@ -89,7 +89,7 @@ def _caption(table: Table) -> str:
     lines = [
         f"{what}; {', '.join(shared)}; {many} seed(s) a cell ({', '.join(map(str, seeds))}). "
         "Mean ± standard deviation over seeds; in brackets the change that LML makes to its own "
-        f"base{bold}."
+        f"base, its deviation that of each seed against itself{bold}."
     ]
     if keys := varying(groups):
         lines.append(f"Only what has the same {', '.join(keys)} is compared or averaged.")
