@@ -8,6 +8,8 @@ With no argument: 64 images of the embedded CIFAR-10 model in 10 evaluations eac
 import sys
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 # A clone runs without being installed; and these scripts must not hide modules of the same name.
@@ -24,7 +26,9 @@ def sample(cfg: DictConfig) -> float | None:
 
     with tracking.Tracker(cfg) as tracker:
         folder = runner.run(cfg, tracker)
-    return sweep.read_objective(cfg, folder)
+    # Of a search's settings alone: nobody asks a single run which was best.
+    is_cell = HydraConfig.get().mode == RunMode.MULTIRUN
+    return sweep.read_objective(cfg, folder) if is_cell else None
 
 
 if __name__ == "__main__":
