@@ -638,9 +638,19 @@ def test_values_below_zero_are_not_on_a_logarithmic_axis():
 
 def test_hundreds_of_settings_are_no_curves():
     rows = list(tables.build("fd", [result(), result("default", run="b")]).rows)
-    many = [rows[0]._replace(lml=f"rank={k}") for k in range(5)]
+    many = [rows[0]._replace(lml=f"rank={k}") for k in range(figures.OTHERS + 1)]
     assert figures.worth_drawing([*rows, *many]) == rows
-    assert figures.worth_drawing([*rows, *many[:4]]) == [*rows, *many[:4]]
+    assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
+
+
+def test_each_setting_of_one_solver_has_a_curve_that_can_be_told():
+    given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
+    for k in range(figures.OTHERS):
+        lml = store.canonical({**DEFAULT, "damping": k + 1.0})
+        given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
+    lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(looks) == len({look[0] for look in looks}) == 1 + figures.OTHERS
 
 
 def searched(dampings=(4.0, 8.0), ranks=(1, 2), base=True):

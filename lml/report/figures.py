@@ -20,7 +20,7 @@ from lml.report.labels import DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
-OTHERS = 4  # other settings than those with a style are drawn if they are no more
+OTHERS = 8  # other settings than those with a style are drawn if they are no more
 STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
 STRIP_IMAGES = 8
 LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
@@ -61,9 +61,11 @@ def curves(table: Table) -> Figure | None:
     groups = list(dict.fromkeys(row.group for row in known))
     drawn = Figure(figsize=(2.5 + 4.5 * len(groups), 4.5), dpi=150, layout="constrained")
     panels = drawn.subplots(1, len(groups), squeeze=False)[0]
-    solvers = list(dict.fromkeys(row[1:3] for row in known))
+    # a colour a solver, or, of one solver, a setting
+    parts = slice(1, 3) if len({row[1:3] for row in known}) > 1 else slice(1, None)
+    hues = list(dict.fromkeys(row[parts] for row in known))
     others = sorted({row.lml for row in known} - set(STYLES))
-    styles = {**STYLES, **dict(zip(others, itertools.product(["-."], "vD*p"), strict=False))}
+    styles = {**STYLES, **dict(zip(others, itertools.product(["-."], "vD*p^hXP"), strict=False))}
     lines = {}
     for group, axes in zip(groups, panels, strict=True):
         for row, entries in known.items():
@@ -73,7 +75,7 @@ def curves(table: Table) -> Figure | None:
                     list(entries),
                     [entry.mean for entry in entries.values()],
                     [np.nan_to_num(entry.std) for entry in entries.values()],
-                    color=f"C{solvers.index(row[1:3]) % 10}",
+                    color=f"C{hues.index(row[parts]) % 10}",
                     linestyle=style,
                     marker=marker,
                     markersize=4,
