@@ -643,6 +643,15 @@ def test_hundreds_of_settings_are_no_curves():
     assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
 
 
+def test_no_curves_of_the_base_alone_where_the_others_are_too_many():
+    given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
+    assert figures.curves(tables.build("fd", given)) is not None  # there is nothing else
+    for k in range(figures.OTHERS + 1):
+        lml = store.canonical({**DEFAULT, "damping": k + 1.0})
+        given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
+    assert figures.curves(tables.build("fd", given)) is None
+
+
 def test_each_setting_of_one_solver_has_a_curve_that_can_be_told():
     given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
     for k in range(figures.OTHERS):

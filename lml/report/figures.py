@@ -48,7 +48,7 @@ def worth_drawing(rows: Sequence[Row]) -> list[Row]:
 def curves(table: Table) -> Figure | None:
     """Quality against evaluations: dashed without LML, solid at its default.
 
-    None with less than two numbers of evaluations.
+    None with less than two numbers of evaluations, and where LML's settings are too many to draw.
     """
     known = {
         row: {nfe: entry for nfe, entry in sorted(entries.items()) if math.isfinite(entry.mean)}
@@ -56,7 +56,7 @@ def curves(table: Table) -> Figure | None:
     }
     known = {row: known[row] for row in worth_drawing([row for row in known if known[row]])}
     nfes = sorted({nfe for entries in known.values() for nfe in entries})
-    if len(nfes) < 2:
+    if len(nfes) < 2 or {row.lml for row in known} == {OFF} != {row.lml for row in table.rows}:
         return None
     groups = list(dict.fromkeys(row.group for row in known))
     drawn = Figure(figsize=(2.5 + 4.5 * len(groups), 4.5), dpi=150, layout="constrained")
