@@ -20,7 +20,7 @@ from lml.report.labels import DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
-OTHERS = 8  # other settings than those with a style are drawn if they are no more
+OTHERS = 8  # rows of other settings than those with a style are drawn if they are no more
 STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
 STRIP_IMAGES = 8
 LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
@@ -41,7 +41,7 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 def worth_drawing(rows: Sequence[Row]) -> list[Row]:
     """The rows that a reader can tell apart: LML as the presets have it, and a few others."""
-    others = {row.lml for row in rows} - set(STYLES)
+    others = [row for row in rows if row.lml not in STYLES]
     return [row for row in rows if row.lml in STYLES or len(others) <= OTHERS]
 
 
