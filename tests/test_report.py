@@ -631,6 +631,14 @@ def _legend(drawn):
     return zip(legend.get_texts(), axes.containers, strict=True)
 
 
+def test_more_than_ten_solvers_have_colours_of_their_own():
+    given = [
+        result(nfe=nfe, run=f"{grid}{nfe}", grid=grid) for nfe in (5, 8) for grid in "abcdefghijklm"
+    ]
+    lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
+    assert len({line.get_color() for line in lines}) == len(lines) == 13
+
+
 def test_values_below_zero_are_not_on_a_logarithmic_axis():
     given = [result(value=-1.0), result(nfe=8, run="b")]
     assert figures.curves(tables.build("fd", given)).axes[0].get_yscale() == "linear"

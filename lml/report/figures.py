@@ -22,6 +22,8 @@ from lml.report.tables import Entry, Group, Row, Table, describe, name, order, r
 
 OTHERS = 8  # rows of other settings than those with a style are drawn if they are no more
 STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
+TAB20 = matplotlib.colormaps["tab20"].colors
+COLORS = TAB20[::2] + TAB20[1::2]  # matplotlib's ten, and a lighter one of each
 STRIP_IMAGES = 8
 LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
 LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
@@ -75,7 +77,7 @@ def curves(table: Table) -> Figure | None:
                     list(entries),
                     [entry.mean for entry in entries.values()],
                     [np.nan_to_num(entry.std) for entry in entries.values()],
-                    color=f"C{hues.index(row[parts]) % 10}",
+                    color=COLORS[hues.index(row[parts]) % len(COLORS)],
                     linestyle=style,
                     marker=marker,
                     markersize=4,
