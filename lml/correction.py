@@ -29,7 +29,7 @@ DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
 
 BLOCK = 5 * 2**18  # bytes of direction and anchors taken at a time: near the cache, little memory
-ROUNDING = 500  # machine epsilons of mean |u|^2: a smaller damping drowns in U^T U's rounding
+ROUNDING = 500  # machine epsilons of |u|^2: a smaller damping drowns in U^T U's rounding
 WELL_CONDITIONED = 1.0  # relative damping from which float32 loses no more than a digit
 
 
@@ -225,7 +225,8 @@ class LMLCorrection(nn.Module):
         scale = mean_square if self.is_relative else anchor_scale**-2
         largest = limits.max**0.8  # a larger damping changes nothing
         damping = torch.full_like(mean_square, min(self.damping, largest)) * scale
-        damping = torch.maximum(damping, ROUNDING * limits.eps * mean_square)
+        # of each anchor its own, as a small one has smaller errors, too
+        damping = torch.maximum(damping, ROUNDING * limits.eps * squares[:, None, :r])
         damping = torch.where(damping > 0, damping, 1.0).clamp(max=largest)
 
         identity = torch.eye(r, dtype=dtype, device=out.device)

@@ -158,6 +158,17 @@ def largest_cosine(vectors: list[Tensor]) -> float:
     return worst
 
 
+def test_small_anchors_beside_a_large_one():
+    """What tells two nearly parallel anchors apart is not lost in the rounding of a third."""
+    g = torch.Generator().manual_seed(0)
+    first, large, direction = (torch.randn(4, 5, generator=g) for _ in range(3))
+    near = first + 4e-4 * torch.randn(4, 5, generator=g)
+    vectors = [2e5 * first, 2e5 * near, 6e6 * large, 9e6 * direction]
+    for damping in (1e-6, 1e-3, 0.1, 10.0):
+        corrected = last(LMLCorrection(3, damping, "absolute"), vectors)
+        assert error(corrected, by_least_squares(vectors[:-1], vectors[-1], damping, False)) < 1e-4
+
+
 @settings(max_examples=150, deadline=None)
 @given(trajectories(), st.integers(-12, 12), st.booleans())
 def test_float32_agrees_with_a_second_method_in_float64(vectors, exponent, relative):
