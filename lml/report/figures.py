@@ -42,9 +42,14 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 
 def worth_drawing(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a reader can tell apart: LML as the presets have it, and a few others."""
-    others = [row for row in rows if row.lml not in STYLES]
-    return [row for row in rows if row.lml in STYLES or len(others) <= OTHERS]
+    """The rows that a reader can tell apart: LML as the presets have it, and a few others.
+
+    None where the others are too many and nothing but the base would be left.
+    """
+    known = [row for row in rows if row.lml in STYLES]
+    if len(rows) - len(known) <= OTHERS:
+        return list(rows)
+    return known if any(row.lml != OFF for row in known) else []
 
 
 def curves(table: Table) -> Figure | None:
@@ -58,7 +63,7 @@ def curves(table: Table) -> Figure | None:
     }
     known = {row: known[row] for row in worth_drawing([row for row in known if known[row]])}
     nfes = sorted({nfe for entries in known.values() for nfe in entries})
-    if len(nfes) < 2 or {row.lml for row in known} == {OFF} != {row.lml for row in table.rows}:
+    if len(nfes) < 2:
         return None
     groups = list(dict.fromkeys(row.group for row in known))
     drawn = Figure(figsize=(2.5 + 4.5 * len(groups), 4.5), dpi=150, layout="constrained")

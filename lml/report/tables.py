@@ -136,9 +136,9 @@ class Table:
 def change(entry: Entry, base: Entry) -> str:
     """By how much `entry` differs from `base`, over the seeds that both have; "" without any.
 
-    In per cent, or plainly if the base is negative; "" if it is zero. With its own standard
-    deviation over these seeds, each against itself: both begin from the same noise, so that what
-    a seed does to both is no part of it.
+    In per cent, or plainly if the base is not positive with every seed; "" if it is zero. With its
+    own standard deviation over these seeds, each against itself: both begin from the same noise, so
+    that what a seed does to both is no part of it.
     """
     seeds = sorted(entry.values.keys() & base.values.keys())
     ours, theirs = ([e.values[seed] for seed in seeds] for e in (entry, base))
