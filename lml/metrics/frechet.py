@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lml.data.assets import locate
 from lml.data.references import Reference, check_size
@@ -92,6 +94,57 @@ class FrechetDistance(torchmetrics.Metric):
         return self.reference if known else self.reference.statistics()
 
 
+class MatchedFrechetDistance(FrechetDistance):
+    """The Fréchet distance that is left when brightness, colour cast and contrast are matched.
+
+    Before features are taken, the pixels of each channel of all images together get, by one affine
+    map, the `mean` and standard deviation `std` of the reference images' (three numbers each, in
+    [0, 1]), as far as rounding and clipping let them. So a sampler gains nothing by contrast alone.
+    Keeps the images: 3 H W bytes each. `reference` has to know their size.
+    """
+
+    def __init__(
+        self,
+        feature: nn.Module,
+        reference: ReferenceStatistics,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_images: int = 0,
+        **kwargs,
+    ):
+        super().__init__(feature, reference, num_images, **kwargs)
+        self.mean, self.std = list(mean), list(std)
+        self.protocol["pixels_matched"] = {"mean": self.mean, "std": self.std}
+        self.add_state("pixels", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        # of the type that others send, for a process that is given no image
+        self.pixels.append(torch.empty(0, dtype=torch.uint8, device=self.device))
+
+    def update(self, images: Tensor) -> None:
+        """Add generated images, uint8 (B, 3, H, W)."""
+        check_size(images, self.reference)
+        self.pixels.append(images.flatten())
+
+    def compute(self) -> Tensor:
+        """The distance, a float64 scalar ≥ 0 up to rounding."""
+        for name in ("total", "products", "count"):  # of an earlier call
+            setattr(self, name, torch.zeros_like(getattr(self, name)))
+        images = dim_zero_cat(self.pixels).view(-1, 3, *self.reference.size)
+        if len(images):
+            ours_std, ours_mean = torch.std_mean(images.double(), (0, 2, 3), correction=0)
+            mean, std = (255 * ours_mean.new_tensor(numbers) for numbers in (self.mean, self.std))
+            scale = torch.where(ours_std > 0, std / ours_std, 1.0)
+            shift = mean - scale * ours_mean
+            for batch in images.split(250):
+                matched = batch * scale[:, None, None] + shift[:, None, None]
+                super().update(matched.round().clamp(0, 255).to(torch.uint8))
+        return super().compute()
+
+
 def load_features(path: str | Path, key: str = "features") -> FeatureNetwork:
     """The FeatureNetwork stored in the folder `path`. UserError, naming `key`, when it isn't."""
     folder = locate(path)
@@ -115,14 +168,18 @@ def fd_cifar(
     features: str | Path = "assets/features",
     reference: str | Path = "assets/fd_cifar.npz",
     num_images: int = 10_000,
+    pixels: Mapping[str, Sequence[float]] | None = None,
 ) -> FrechetDistance:
     """FD-CIFAR: the Fréchet distance to CIFAR-10's training images on FeatureNetwork's features.
 
-    Not FID, and not comparable with it. Relative paths are looked for from the current folder, then
-    from the repository's root.
+    Not FID, and not comparable with it. With `pixels`, the `mean` and `std` of the training images,
+    it is a MatchedFrechetDistance. Relative paths are looked for from the current folder, then from
+    the repository's root.
     """
     prefix = "metrics.fd_cifar"
     network = load_features(features, f"{prefix}.features")
     statistics = ReferenceStatistics.load(reference, f"{prefix}.reference")
     statistics.check(network, f"{prefix}.reference")
+    if pixels is not None:
+        return MatchedFrechetDistance(network, statistics, num_images=num_images, **pixels)
     return FrechetDistance(network, statistics, num_images)

@@ -299,7 +299,9 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
         "MASTER_PORT": str(29500 + os.getpid() % 1000),
         "WORLD_SIZE": "2",
     }
-    metrics = {**configs(data), "letters": {"_target_": "test_evaluate.Letters"}}
+    pixels = {"mean": [0.3, 0.5, 0.6], "std": [0.1, 0.2, 0.15]}
+    known = {**configs(data), "matched": {**configs(data)["fd_cifar"], "pixels": pixels}}
+    metrics = {**known, "letters": {"_target_": "test_evaluate.Letters"}}
     arguments = [json.dumps(metrics), json.dumps(jobs), str(out)]
     workers = [
         subprocess.Popen(
@@ -317,7 +319,7 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
         for result, (folder, batch_size) in zip(results, jobs, strict=False):
             prompts = [str(k) * k for k in range(23)]
             context = Context(batch_size=batch_size, prompts=prompts)
-            mine = {**configs(data), "letters": Letters()}
+            mine = {**known, "letters": Letters()}
             expected = evaluate(folder, mine, context=context)
             for name in expected:
                 assert result[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-6)

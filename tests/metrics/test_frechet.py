@@ -10,12 +10,18 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from lml.data import cifar10
 from lml.data.assets import ROOT
 from lml.data.statistics import ReferenceStatistics, make_reference
 from lml.errors import UserError
 from lml.metrics.evaluate import build
 from lml.metrics.features import FeatureNetwork
-from lml.metrics.frechet import FrechetDistance, fd_cifar, load_features
+from lml.metrics.frechet import (
+    FrechetDistance,
+    MatchedFrechetDistance,
+    fd_cifar,
+    load_features,
+)
 
 FEATURES = 16
 
@@ -118,6 +124,73 @@ def test_reset_and_merge_keep_the_reference(extractor, reference):
     halves[0].merge_state(halves[1])
     torch.testing.assert_close(halves[0].compute(), expected, rtol=1e-6, atol=0)
     assert halves[0].count == 90
+
+
+PIXELS = {"mean": [0.3, 0.5, 0.6], "std": [0.1, 0.2, 0.15]}
+
+
+def matched_distance(extractor, reference, *batches):
+    metric = MatchedFrechetDistance(extractor, reference, **PIXELS)
+    for batch in batches:
+        metric.update(batch)
+    return metric.compute()
+
+
+def test_matched_is_the_distance_of_images_that_were_matched_by_hand(extractor, reference):
+    images = random_images(300, 1, 40, 200)
+    pixels = images.permute(0, 2, 3, 1).numpy() / 255
+    own = pixels.reshape(-1, 3)
+    by_hand = (pixels - own.mean(0)) / own.std(0) * PIXELS["std"] + PIXELS["mean"]
+    by_hand = np.rint(255 * by_hand).clip(0, 255).astype(np.uint8)
+    expected = distance(extractor, reference, torch.from_numpy(by_hand).permute(0, 3, 1, 2))
+    actual = matched_distance(extractor, reference, *images.split(64))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+def test_matched_knows_no_contrast(extractor, reference):
+    """But for rounding; to the distance itself it is nearly all that there is."""
+    images = random_images(300, 1, 60, 196)
+    faint = (images.double() * 0.7 + 30).round().to(torch.uint8)
+    ours, theirs = (matched_distance(extractor, reference, i) for i in (images, faint))
+    assert abs(ours / theirs - 1) < 2e-3
+    plain = [distance(extractor, reference, i) for i in (images, faint)]
+    assert plain[1] / plain[0] > 1.2
+    grey = matched_distance(extractor, reference, torch.full((9, 3, 4, 4), 7, dtype=torch.uint8))
+    assert grey.isfinite()
+
+
+def test_matched_computes_again_and_in_parts(extractor, reference):
+    images = random_images(90, 1, 40)
+    expected = matched_distance(extractor, reference, images)
+    metric = MatchedFrechetDistance(extractor, reference, **PIXELS)
+    metric.update(random_images(50, 2))
+    metric.reset()
+    metric.update(images[:20])
+    metric.compute()
+    metric.update(images[20:30])
+    other = MatchedFrechetDistance(extractor, reference, **PIXELS)
+    other.update(images[30:])
+    metric.merge_state(other)
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-9, atol=0)
+    with pytest.raises(UserError, match="at least 2 images"):
+        matched_distance(extractor, reference, images[:1])
+    with pytest.raises(UserError, match="at least 2 images"):
+        matched_distance(extractor, reference)
+
+
+def test_the_config_of_matched_has_the_pixels_of_the_training_images(assets):
+    config = OmegaConf.load(ROOT / "configs/metrics/fd_cifar_matched.yaml")
+    config.fd_cifar_matched.features = str(assets / "features")
+    config.fd_cifar_matched.reference = str(assets / "fd.npz")
+    metric = build(config)["fd_cifar_matched"]
+    assert isinstance(metric, MatchedFrechetDistance) and metric.num_images == 10_000
+    assert metric.protocol["pixels_matched"] == {"mean": metric.mean, "std": metric.std}
+    if cifar10.find() is None:
+        pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
+    images = (cifar10.load()[0] / 255).double()
+    std, mean = torch.std_mean(images, (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, mean.new_tensor(metric.mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, std.new_tensor(metric.std), rtol=0, atol=1e-5)
 
 
 def test_training_mode_does_not_reach_the_extractor(extractor, reference):

@@ -1,0 +1,98 @@
+"""What the README and the studies' pages say: commands that compose, numbers that were measured."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "experiments").glob("**/README.md"))]
+COMMAND = re.compile(r"python scripts/(\w+)\.py([^`#]*)")
+SOLVERS = {
+    "DDIM": ("ddim", "default"),
+    "DPM-Solver++(3M)": ("dpmsolverpp", "default"),
+    "UniPC-3": ("unipc", "default"),
+    "iPNDM-4": ("ipndm", "default"),
+    "DPM-Solver++(3M), Karras": ("dpmsolverpp", "karras"),
+}
+
+
+def commands(page: Path) -> list[tuple[str, ...]]:
+    """The script and the arguments of every command on a page, in blocks and in sentences."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.split("\n")
+    ]
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines += [" ".join(quoted.split()) for quoted in re.findall(r"`([^`]+)`", prose)]
+    found = [match for line in lines if (match := COMMAND.search(line))]
+    return [(match[1], *shlex.split(match[2])) for match in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_command_on_a_page_composes(page):
+    assert commands(page)
+    for script, *arguments in commands(page):
+        overrides = [a.replace("=NAME", "=audit") for a in arguments if a[0] != "-"]
+        overrides = [a for a in overrides if not a.startswith("hydra")]
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        choices = [
+            [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+            if o.is_sweep_override()
+            else [o.input_line]
+            for o in parsed
+        ]
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            for cell in itertools.product(*choices):
+                compose(script, list(cell))
+
+
+def tables(page: Path) -> list[list[list[str]]]:
+    """Every table of a Markdown page, as rows of cells."""
+    found, rows = [], []
+    for line in [*page.read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found, rows = [*found, rows], []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("study", "metric", "grid"),
+    [("table1_cifar10", "fd_cifar", None), ("exact_cifar10", "convergence_rmse", "trailing")],
+)
+def test_the_numbers_of_the_readme_are_those_of_the_study(study, metric, grid):
+    header, _, *rows = tables(ROOT / "experiments" / study / f"{metric}.md")[0]
+    theirs = [dict(zip(header, row, strict=True)) for row in rows]
+    known = {(row["solver"], row["grid"], row["LML"]): row for row in theirs}
+    shown = [table for table in tables(README) if table[0][:2] == ["solver", "LML"]]
+    header, _, *rows = shown[0] if study == "table1_cifar10" else shown[1]
+    for name, lml, *cells in rows:
+        solver, its_grid = SOLVERS[name]
+        row = known[solver, grid or its_grid, {"on": "default"}.get(lml, lml)]
+        assert cells == [row[nfe] for nfe in header[2:]]
+
+
+def test_the_best_of_the_search_are_those_of_its_results():
+    """The lowest FD-CIFAR with LML off and on, among the runs on seeds that no search saw."""
+    folder = ROOT / "experiments/search_cifar10"
+    with (folder / "results.csv").open() as file:
+        final = [row for row in csv.DictReader(file) if row["num_images"] == "1000"]
+    (table,) = tables(folder / "README.md")
+    for nfe, off, on, change in table[2:]:
+        mine = [row for row in final if row["nfe"] == nfe]
+        lowest = [
+            min(float(row["value"]) for row in mine if ('"rank":0' in row["lml"]) == is_off)
+            for is_off in (True, False)
+        ]
+        assert [float(cell.split()[0]) for cell in (off, on)] == [round(v, 2) for v in lowest]
+        assert change == f"{100 * (lowest[1] / lowest[0] - 1):+.1f} %"
