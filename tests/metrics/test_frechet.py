@@ -155,8 +155,10 @@ def test_matched_knows_no_contrast(extractor, reference):
     assert abs(ours / theirs - 1) < 2e-3
     plain = [distance(extractor, reference, i) for i in (images, faint)]
     assert plain[1] / plain[0] > 1.2
-    grey = matched_distance(extractor, reference, torch.full((9, 3, 4, 4), 7, dtype=torch.uint8))
-    assert grey.isfinite()
+    flat = torch.full((9, 3, 4, 4), 7, dtype=torch.uint8)
+    mean = (255 * torch.tensor(PIXELS["mean"])).round().to(torch.uint8)
+    expected = distance(extractor, reference, mean[:, None, None].expand(9, 3, 4, 4))
+    assert matched_distance(extractor, reference, flat) == expected
 
 
 def test_matched_computes_again_and_in_parts(extractor, reference):
