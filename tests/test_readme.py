@@ -12,7 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-ROOT = Path(__file__).parents[1]
+from lml.cli import CONFIGS
+from lml.data.assets import ROOT
+
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "experiments").glob("**/README.md"))]
 COMMAND = re.compile(r"python scripts/(\w+)\.py([^`#]*)")
@@ -50,7 +52,7 @@ def test_every_command_on_a_page_composes(page):
             else [o.input_line]
             for o in parsed
         ]
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             for cell in itertools.product(*choices):
                 compose(script, list(cell))
 

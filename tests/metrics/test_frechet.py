@@ -180,21 +180,6 @@ def test_matched_computes_again_and_in_parts(extractor, reference):
         matched_distance(extractor, reference)
 
 
-def test_the_config_of_matched_has_the_pixels_of_the_training_images(assets):
-    config = OmegaConf.load(ROOT / "configs/metrics/fd_cifar_matched.yaml")
-    config.fd_cifar_matched.features = str(assets / "features")
-    config.fd_cifar_matched.reference = str(assets / "fd.npz")
-    metric = build(config)["fd_cifar_matched"]
-    assert isinstance(metric, MatchedFrechetDistance) and metric.num_images == 10_000
-    assert metric.protocol["pixels_matched"] == {"mean": metric.mean, "std": metric.std}
-    if cifar10.find() is None:
-        pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
-    images = (cifar10.load()[0] / 255).double()
-    std, mean = torch.std_mean(images, (0, 2, 3), correction=0)
-    torch.testing.assert_close(mean, mean.new_tensor(metric.mean), rtol=0, atol=1e-5)
-    torch.testing.assert_close(std, std.new_tensor(metric.std), rtol=0, atol=1e-5)
-
-
 def test_training_mode_does_not_reach_the_extractor(extractor, reference):
     before = extractor.norm.running_mean.clone()
     metric = nn.Sequential(FrechetDistance(extractor, reference)).train()[0]
@@ -239,12 +224,29 @@ def test_fd_cifar(assets):
     assert metric.compute() > 0
 
 
+def configured(name, assets):
+    """The metric of configs/metrics/`name`.yaml, with the tiny network."""
+    config = OmegaConf.load(ROOT / f"configs/metrics/{name}.yaml")
+    config[name].features = str(assets / "features")
+    config[name].reference = str(assets / "fd.npz")
+    return build(config)[name]
+
+
 def test_the_config(assets):
-    config = OmegaConf.load(ROOT / "configs/metrics/fd_cifar.yaml")
-    config.fd_cifar.features = str(assets / "features")
-    config.fd_cifar.reference = str(assets / "fd.npz")
-    metric = build(config)["fd_cifar"]
+    metric = configured("fd_cifar", assets)
     assert isinstance(metric, FrechetDistance) and metric.num_images == 10_000
+
+
+def test_the_config_of_matched_has_the_pixels_of_the_training_images(assets):
+    metric = configured("fd_cifar_matched", assets)
+    assert isinstance(metric, MatchedFrechetDistance) and metric.num_images == 10_000
+    assert metric.protocol["pixels_matched"] == {"mean": metric.mean, "std": metric.std}
+    if cifar10.find() is None:
+        pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
+    images = (cifar10.load()[0] / 255).double()
+    std, mean = torch.std_mean(images, (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, mean.new_tensor(metric.mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, std.new_tensor(metric.std), rtol=0, atol=1e-5)
 
 
 def test_missing_weights_are_one_line_that_names_the_file_and_the_key(tmp_path, assets):
