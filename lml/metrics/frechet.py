@@ -100,7 +100,8 @@ class MatchedFrechetDistance(FrechetDistance):
     Before features are taken, the pixels of each channel of all images together get, by one affine
     map, the `mean` and standard deviation `std` of the reference images' (three numbers each, in
     [0, 1]), as far as rounding and clipping let them. So a sampler gains nothing by contrast alone.
-    Keeps the images: 3 H W bytes each. `reference` has to know their size.
+    Keeps the images: 3 H W bytes each. `reference` has to know their size. ValueError for other
+    numbers.
     """
 
     def __init__(
@@ -114,6 +115,9 @@ class MatchedFrechetDistance(FrechetDistance):
     ):
         super().__init__(feature, reference, num_images, **kwargs)
         self.mean, self.std = list(mean), list(std)
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != 3 or not all(0 <= number <= 1 for number in numbers):
+                raise ValueError(f"pixels.{name}={numbers}: three numbers in [0, 1] are asked")
         self.protocol["pixels_matched"] = {"mean": self.mean, "std": self.std}
         self.add_state("pixels", [], dist_reduce_fx="cat")
         self.reset()

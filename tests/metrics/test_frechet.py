@@ -224,6 +224,17 @@ def test_fd_cifar(assets):
     assert metric.compute() > 0
 
 
+@pytest.mark.parametrize("numbers", [[0.1], [0.1, 0.2, 1.5], [0.1, 0.2, -0.1], []])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_other_pixels_than_three_numbers_are_one_line(assets, name, numbers):
+    pixels = {**PIXELS, name: numbers}
+    config = {"_target_": "lml.metrics.frechet.fd_cifar", "pixels": pixels}
+    config |= {"features": str(assets / "features"), "reference": str(assets / "fd.npz")}
+    line = re.escape(f"metrics.matched: pixels.{name}={numbers}: three numbers in [0, 1]")
+    with pytest.raises(UserError, match=f"^{line}"):
+        build({"matched": config})
+
+
 def configured(name, assets):
     """The metric of configs/metrics/`name`.yaml, with the tiny network."""
     config = OmegaConf.load(ROOT / f"configs/metrics/{name}.yaml")
