@@ -646,7 +646,11 @@ def test_values_below_zero_are_not_on_a_logarithmic_axis():
 
 def test_hundreds_of_settings_are_no_curves():
     rows = list(tables.build("fd", [result(), result("default", run="b")]).rows)
-    many = [rows[0]._replace(lml=f"rank={k}") for k in range(figures.OTHERS + 1)]
+    many = [rows[0]._replace(lml=f"rank={k}") for k in range(len(figures.MARKERS) + 1)]
+    assert figures.worth_drawing([*rows, *many]) == rows
+    assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
+    # a few settings of many solvers
+    many = [rows[0]._replace(lml="rank=1", solver=f"{k}") for k in range(figures.OTHERS + 1)]
     assert figures.worth_drawing([*rows, *many]) == rows
     assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
 
@@ -654,7 +658,7 @@ def test_hundreds_of_settings_are_no_curves():
 def test_no_curves_of_the_base_alone_where_the_others_are_too_many():
     given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
     assert figures.curves(tables.build("fd", given)) is not None  # there is nothing else
-    for k in range(figures.OTHERS + 1):
+    for k in range(len(figures.MARKERS) + 1):
         lml = store.canonical({**DEFAULT, "damping": k + 1.0})
         given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
     assert figures.curves(tables.build("fd", given)) is None
@@ -662,12 +666,24 @@ def test_no_curves_of_the_base_alone_where_the_others_are_too_many():
 
 def test_each_setting_of_one_solver_has_a_curve_that_can_be_told():
     given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
-    for k in range(figures.OTHERS):
+    for k in range(len(figures.MARKERS)):
         lml = store.canonical({**DEFAULT, "damping": k + 1.0})
         given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
     lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
-    assert len(looks) == len({look[0] for look in looks}) == 1 + figures.OTHERS
+    assert len(looks) == len({look[0] for look in looks}) == 1 + len(figures.MARKERS)
+
+
+def test_the_curves_of_two_solvers_with_six_settings_each_can_be_told():
+    given = []
+    for solver in ("ddim", "unipc"):
+        for k in range(6):
+            lml = store.canonical({**DEFAULT, "damping": k + 1.0})
+            for nfe in (5, 8):
+                one = result(solver=solver, nfe=nfe, run=f"{solver}{k}{nfe}")
+                given.append(dataclasses.replace(one, lml=lml))
+    lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 12
 
 
 def searched(dampings=(4.0, 8.0), ranks=(1, 2), base=True):

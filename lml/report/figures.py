@@ -20,7 +20,8 @@ from lml.report.labels import DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
-OTHERS = 8  # rows of other settings than those with a style are drawn if they are no more
+OTHERS = 12  # rows of other settings than those with a style are drawn if they are no more
+MARKERS = "vD*p^hXP"  # of those settings, a marker each
 STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
 TAB20 = matplotlib.colormaps["tab20"].colors
 COLORS = TAB20[::2] + TAB20[1::2]  # matplotlib's ten, and a lighter one of each
@@ -47,7 +48,8 @@ def worth_drawing(rows: Sequence[Row]) -> list[Row]:
     None where the others are too many and nothing but the base would be left.
     """
     known = [row for row in rows if row.lml in STYLES]
-    if len(rows) - len(known) <= OTHERS:
+    settings = {row.lml for row in rows} - set(STYLES)
+    if len(rows) - len(known) <= OTHERS and len(settings) <= len(MARKERS):
         return list(rows)
     return known if any(row.lml != OFF for row in known) else []
 
@@ -72,7 +74,7 @@ def curves(table: Table) -> Figure | None:
     parts = slice(1, 3) if len({row[1:3] for row in known}) > 1 else slice(1, None)
     hues = list(dict.fromkeys(row[parts] for row in known))
     others = sorted({row.lml for row in known} - set(STYLES))
-    styles = {**STYLES, **dict(zip(others, itertools.product(["-."], "vD*p^hXP"), strict=False))}
+    styles = {**STYLES, **dict(zip(others, itertools.product(["-."], MARKERS), strict=False))}
     lines = {}
     for group, axes in zip(groups, panels, strict=True):
         for row, entries in known.items():
