@@ -99,6 +99,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_studies():
         assert cells == {nfe: theirs[solver, "trailing", lml][nfe] for nfe in cells}
 
 
+def test_the_changes_with_more_images_are_those_of_its_results():
+    (table,) = tables(ROOT / "experiments/count_cifar10/README.md")
+    plain, matched = (study("count_cifar10", m) for m in ("fd_cifar", "fd_cifar_matched"))
+    for solver, *cells in table[2:]:
+        rows = [known[(*SOLVERS[solver], "default")] for known in (plain, matched)]
+        theirs = [row[nfe] for row in rows for nfe in ("5", "10")]
+        assert cells == [re.search(r"\((.+)\)", cell)[1] for cell in theirs]
+
+
 def test_the_best_of_the_search_are_those_of_its_results():
     """The lowest with LML off and on, by both metrics, among runs on seeds that no search saw."""
     folder = ROOT / "experiments/search_cifar10"
