@@ -13,6 +13,7 @@ import statistics
 import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -637,6 +638,15 @@ def test_more_than_ten_solvers_have_colours_of_their_own():
     ]
     lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
     assert len({line.get_color() for line in lines}) == len(lines) == 13
+
+
+def test_a_long_legend_is_not_cut_off():
+    grids = [f"{k}" for k in range(50)]
+    given = [result(nfe=nfe, run=f"{grid} {nfe}", grid=grid) for nfe in (5, 8) for grid in grids]
+    drawn = figures.curves(tables.build("fd", given))
+    FigureCanvasAgg(drawn).draw()
+    (legend,) = drawn.legends
+    assert drawn.bbox.y0 <= legend.get_window_extent().y0
 
 
 def test_values_below_zero_are_not_on_a_logarithmic_axis():

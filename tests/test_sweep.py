@@ -322,7 +322,8 @@ def test_the_runs_of_the_table_are_found():
     (run,) = {  # of both metrics
         row["run"]
         for row in csv.DictReader((ROOT / "experiments/table1_cifar10/results.csv").open())
-        if (row["solver"], row["nfe"], row["seed"], row["num_images"]) == ("ddim", "5", "0", "1000")
+        if tuple(row[key] for key in ("solver", "grid", "nfe", "seed", "num_images"))
+        == ("ddim", "default", "5", "0", "1000")
         and json.loads(row["lml"])["rank"] == 0
     }
     assert planned.folder.path == Path("outputs/table1_cifar10", run)

@@ -27,6 +27,7 @@ TAB20 = matplotlib.colormaps["tab20"].colors
 COLORS = TAB20[::2] + TAB20[1::2]  # matplotlib's ten, and a lighter one of each
 STRIP_IMAGES = 8
 LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
+LEGEND_LINE = 0.15  # inches
 LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
 LIMIT = 0.5  # the change where a map's colours end
 
@@ -68,7 +69,8 @@ def curves(table: Table) -> Figure | None:
     if len(nfes) < 2:
         return None
     groups = list(dict.fromkeys(row.group for row in known))
-    drawn = Figure(figsize=(2.5 + 4.5 * len(groups), 4.5), dpi=150, layout="constrained")
+    size = (2.5 + 4.5 * len(groups), max(4.5, LEGEND_LINE * len(known)))
+    drawn = Figure(figsize=size, dpi=150, layout="constrained")
     panels = drawn.subplots(1, len(groups), squeeze=False)[0]
     # a colour a solver, or, of one solver, a setting
     parts = slice(1, 3) if len({row[1:3] for row in known}) > 1 else slice(1, None)
