@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lml import runner
-from lml.correction import LMLCorrection
+from lml.correction import LMLCorrection, default_damping
 from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device
@@ -79,17 +80,17 @@ def correction_time(shape: Sequence[int], ranks: Sequence[int], repeats: int) ->
     """
     with threads(1):
         directions = [torch.randn(*shape) for _ in range(max(ranks) + 2)]
-        corrections = {rank: LMLCorrection(rank=rank) for rank in ranks}
-        for correction in corrections.values():
-            for direction in directions:
-                correction(direction)
+        calls = {}
+        for rank in ranks:
+            correction, damping = LMLCorrection(rank=rank), default_damping(rank)
+            calls[rank] = partial(correction, anchors=directions[1 : 1 + rank], damping=damping)
         source, target = directions[0], torch.empty(*shape)
         steps = _full_order_steps(shape)
         seconds = {name: [] for name in ("copy", "step", *ranks)}
         for i in range(repeats + 2):  # the first two warm up
             turn = {"copy": _seconds(target.copy_, source), "step": next(steps)}
-            for rank, correction in corrections.items():
-                turn[rank] = _seconds(correction, directions[i % len(directions)])
+            for rank, call in calls.items():
+                turn[rank] = _seconds(call, directions[0])
             for name, value in turn.items() if i >= 2 else ():
                 seconds[name].append(value)
 
@@ -127,9 +128,9 @@ def correction_memory(shape: Sequence[int], ranks: Sequence[int]) -> list[Row]:
             directions = [torch.randn(*shape) for _ in range(rank + 3)]
 
             def trajectory(rank: int = rank, directions: list[Tensor] = directions) -> None:
-                correction = LMLCorrection(rank=rank)
+                correction, anchors = LMLCorrection(rank=rank), ()
                 for direction in directions:
-                    correction(direction)
+                    _, anchors = correction(direction, anchors, default_damping(rank))
 
             tensors = peak_memory(trajectory) / directions[0].nbytes
             name = f"peak memory of the correction at rank {rank}, in samples"

@@ -20,6 +20,7 @@ has the type of the input.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -55,13 +56,26 @@ def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_damping(value: object) -> bool:
+    return _is_real(value) and math.isfinite(value) and value > 0
+
+
 class LMLCorrection(nn.Module):
-    """Corrects one direction after another along a trajectory; holds the anchors between calls.
+    """Corrects the directions of a trajectory, one a call.
+
+    It holds options alone. The anchors of a trajectory belong to whoever follows it:
+
+        anchors = ()
+        for g in directions:
+            corrected, anchors = correction(g, anchors, damping)
+
+    Gradients flow through the direction, but not through the anchors: these are detached copies.
 
     Args:
         rank: r >= 0, the number of anchors; 0 returns every direction unchanged.
-        damping: lambda > 0, on the scale that `damping_scale` sets; None is `default_damping(rank)`
-            or what a scheduler knows to be better (`reset`), and relative.
+        damping: lambda > 0, on the scale that `damping_scale` sets; or a list of them, one for each
+            step of the grid, in which None leaves its step as it is; or None: the default of the
+            scheduler, which is relative.
         damping_scale: of a given damping: "relative": lambda = damping * mean_i |u_i|^2, free of
             units, resolution and step size; "absolute": lambda = damping, as published.
         anchor: "history": the last r uncorrected directions; "ema": the one anchor
@@ -69,8 +83,7 @@ class LMLCorrection(nn.Module):
         kappa: in [0, 1], of `anchor="ema"`. At 0 the anchor is g itself, d is parallel to g, and
             the norm-preserving correction is the identity.
         norm_preserving: scale d to the norm of g.
-        freeze: in [0, 1]; no correction while timestep >= (1 - freeze) * num_train_timesteps.
-        num_train_timesteps: T, the number of training timesteps; used by `freeze` alone.
+        freeze: in [0, 1]; no correction while timestep >= (1 - freeze) * T.
 
     Raises:
         ValueError: an option is out of its range.
@@ -79,19 +92,25 @@ class LMLCorrection(nn.Module):
     def __init__(
         self,
         rank: int = 2,
-        damping: float | None = None,
+        damping: float | Sequence[float | None] | None = None,
         damping_scale: str = "relative",
         anchor: str = "history",
         kappa: float = 0.0,
         norm_preserving: bool = True,
         freeze: float = 0.0,
-        num_train_timesteps: int = 1000,
     ):
         super().__init__()
         whole = isinstance(rank, Integral) and not isinstance(rank, bool)
         _check("rank", rank, whole and rank >= 0, "a whole number >= 0")
-        positive = _is_real(damping) and math.isfinite(damping) and damping > 0
-        _check("damping", damping, damping is None or positive, "a finite number > 0")
+        if isinstance(damping, Iterable) and not isinstance(damping, (str, bytes, Mapping)):
+            damping = list(damping)
+            valid = bool(damping) and all(d is None or _is_damping(d) for d in damping)
+            _check("damping", damping, valid, "a list of finite numbers > 0 and of None")
+        else:
+            valid = damping is None or _is_damping(damping)
+            _check(
+                "damping", damping, valid, "a finite number > 0, or a list with one for each step"
+            )
         _check(
             "damping_scale",
             damping_scale,
@@ -103,17 +122,22 @@ class LMLCorrection(nn.Module):
         _check("norm_preserving", norm_preserving, isinstance(norm_preserving, bool), "a boolean")
         _check("freeze", freeze, _is_real(freeze) and 0 <= freeze <= 1, "in [0, 1]")
         _check("rank", rank, anchor == "history" or rank <= 1, "0 or 1 with anchor=ema")
+        # int and float, so that a config with NumPy's numbers can be saved.
         self.rank = int(rank)
-        self.has_default_damping = damping is None
-        self.damping = default_damping(self.rank) if damping is None else float(damping)
+        if isinstance(damping, list):
+            self.damping = [None if d is None else float(d) for d in damping]
+        else:
+            self.damping = None if damping is None else float(damping)
         self.damping_scale = damping_scale
-        self.is_relative = self.has_default_damping or damping_scale == "relative"
         self.anchor = anchor
         self.kappa = float(kappa)
         self.norm_preserving = norm_preserving
         self.freeze = float(freeze)
-        self.num_train_timesteps = num_train_timesteps
-        self.history: list[Tensor] = []  # the last uncorrected directions, oldest first
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether lambda is in units of mean |u|^2. The default damping always is."""
+        return self.damping is None or self.damping_scale == "relative"
 
     def extra_repr(self) -> str:
         scale = "relative" if self.is_relative else "absolute"
@@ -123,54 +147,65 @@ class LMLCorrection(nn.Module):
             f"norm_preserving={self.norm_preserving}, freeze={self.freeze}"
         )
 
-    def reset(self, damping: float | None = None) -> None:
-        """Forget all anchors: the next direction is the first of a trajectory.
+    def dampings(
+        self, timesteps: Sequence[float], num_train_timesteps: int, default: float
+    ) -> tuple[float | None, ...]:
+        """The damping of each step; None for a step that is left as it is.
 
-        `damping` is that of the trajectory, relative, where the options give none.
+        Args:
+            timesteps: of the steps, in [0, T], where `freeze` looks for them.
+            num_train_timesteps: T.
+            default: the damping where the options give none.
+
+        Raises:
+            ValueError: `damping` is a list for another number of steps.
         """
-        self.history.clear()
-        if self.has_default_damping and damping is not None:
-            self.damping = damping
+        if isinstance(self.damping, list):
+            values = self.damping
+            if len(values) != len(timesteps):
+                raise ValueError(
+                    f"damping={values}: has {len(values)} entries for {len(timesteps)} steps"
+                )
+        else:
+            values = [default if self.damping is None else self.damping] * len(timesteps)
+        last = (1 - self.freeze) * num_train_timesteps if self.freeze else math.inf
+        return tuple(
+            None if timestep >= last else value
+            for timestep, value in zip(timesteps, values, strict=True)
+        )
 
-    def forward(self, direction: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The corrected direction g', of the shape (B, ...), type and device of `direction`.
+    def forward(
+        self, direction: Tensor, anchors: Sequence[Tensor], damping: float | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The corrected direction g', and the anchors of the next direction.
 
-        The first direction of a trajectory has no anchors and is returned unchanged. Samples of
-        the batch do not influence one another.
+        g' has the shape (B, ...), type and device of `direction`. Samples of the batch do not
+        influence one another.
 
         Args:
             direction: g, a floating-point tensor (B, ...).
-            timestep: the step's training timestep in [0, T]; needed when `freeze` > 0.
-
-        Raises:
-            ValueError: the shape differs from that of the anchors held (`reset` first), or
-                `freeze` > 0 and there is no timestep.
+            anchors: what the call before returned; () for the first direction of a trajectory,
+                which is returned unchanged. Those of another shape or device are dropped.
+            damping: on the scale of the options; with None g' is g.
         """
         if self.rank == 0:
-            return direction
-        if self.history and self.history[-1].shape != direction.shape:
-            raise ValueError(
-                f"direction of shape {tuple(direction.shape)} after one of "
-                f"{tuple(self.history[-1].shape)}: reset() starts a new trajectory"
-            )
-        corrected = self._correct(list(self.history), direction, timestep)
-        # The oldest goes before the copy is made: to hold r of them, not r + 1.
-        del self.history[: max(0, len(self.history) + 1 - self.rank)]
-        self.history.append(direction.clone())
-        return corrected
+            return direction, ()
+        anchors = tuple(
+            u for u in anchors if u.shape == direction.shape and u.device == direction.device
+        )
+        corrected = direction if damping is None else self._correct(anchors, direction, damping)
+        return corrected, (*anchors, direction.detach().clone())[-self.rank :]
 
-    def _correct(self, anchors: list[Tensor], direction: Tensor, timestep) -> Tensor:
-        if self._frozen(timestep):
-            return direction
+    def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:
         if self.anchor == "ema":
             if self.norm_preserving and (self.kappa == 0 or not anchors):
                 return direction  # u = g; the rounding of a tiny d would be scaled to full size
-            anchors = anchors or [direction]
+            anchors = anchors or (direction,)
         if not anchors:
             return direction
 
         # The damping holds the condition number under 1 + r / damping.
-        fast = self.is_relative and self.damping >= WELL_CONDITIONED
+        fast = self.is_relative and damping >= WELL_CONDITIONED
         fast = fast and direction.dtype != torch.float64
         corrected = torch.empty_like(direction)
         memory = (len(anchors) + 1) * direction.numel() * (4 if fast else 8)
@@ -178,21 +213,16 @@ class LMLCorrection(nn.Module):
         for start in range(0, len(direction), size):
             block = slice(start, start + size)
             vectors, out = [v[block] for v in (*anchors, direction)], corrected[block]
-            held = self._correct_block(vectors, out, fast)
+            held = self._correct_block(vectors, out, damping, fast)
             if fast and not held.all():
                 again = torch.empty_like(out[~held])
-                self._correct_block([v[~held] for v in vectors], again, fast=False)
+                self._correct_block([v[~held] for v in vectors], again, damping, fast=False)
                 out[~held] = again
         return corrected
 
-    def _frozen(self, timestep: float | Tensor | None) -> bool:
-        if self.freeze == 0:
-            return False
-        if timestep is None:
-            raise ValueError(f"freeze={self.freeze}: needs the timestep of each direction")
-        return float(timestep) >= (1 - self.freeze) * self.num_train_timesteps
-
-    def _correct_block(self, inputs: list[Tensor], out: Tensor, fast: bool) -> Tensor:
+    def _correct_block(
+        self, inputs: list[Tensor], out: Tensor, damping: float, fast: bool
+    ) -> Tensor:
         """Write g' of a few samples to `out` (b, ...); `inputs` are their anchors and g.
 
         `fast` is in float32 and with the numbers as they are, and right for the samples that are
@@ -224,7 +254,7 @@ class LMLCorrection(nn.Module):
         mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         scale = mean_square if self.is_relative else anchor_scale**-2
         largest = limits.max**0.8  # a larger damping changes nothing
-        damping = torch.full_like(mean_square, min(self.damping, largest)) * scale
+        damping = torch.full_like(mean_square, min(damping, largest)) * scale
         # of each anchor its own, as a small one has smaller errors, too
         damping = torch.maximum(damping, ROUNDING * limits.eps * squares[:, None, :r])
         damping = torch.where(damping > 0, damping, 1.0).clamp(max=largest)

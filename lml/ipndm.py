@@ -26,22 +26,31 @@ class DiscreteIPNDMScheduler(DDIMScheduler):
     is integrated over, which a grid of timesteps does not have: it converges at second order.
     """
 
-    predictions: tuple[Tensor, ...] = ()  # of noise, the newest first
+    predictions: tuple[Tensor, ...] = ()  # of noise, the newest first, detached
+    predicted_at: int | None = None  # the timestep of the newest
 
     def set_timesteps(self, *args, **kwargs) -> None:
         """As DDIM's; forgets all earlier predictions."""
         super().set_timesteps(*args, **kwargs)
-        self.predictions = ()
+        self.predictions, self.predicted_at = (), None
 
     def step(
         self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple:
-        """The sample at the next timestep, as DDIM's without its options for added noise."""
+        """The sample at the next timestep, as DDIM's without its options for added noise.
+
+        Earlier predictions of another shape, or of timesteps that are not before this one, are
+        of another trajectory and are forgotten.
+        """
 
         def mean(noise: Tensor) -> Tensor:
-            self.predictions = (noise, *self.predictions[: len(WEIGHTS) - 1])
-            weights = WEIGHTS[len(self.predictions) - 1]
-            return sum(w * e for w, e in zip(weights, self.predictions, strict=True))
+            begins = self.predicted_at is None or timestep >= self.predicted_at
+            earlier = () if begins else self.predictions[: len(WEIGHTS) - 1]
+            earlier = tuple(e for e in earlier if e.shape == noise.shape)
+            weights = WEIGHTS[len(earlier)]
+            result = sum(w * e for w, e in zip(weights, (noise, *earlier), strict=True))
+            self.predictions, self.predicted_at = (noise.detach(), *earlier), int(timestep)
+            return result
 
         direction = change_noise(self, model_output, timestep, sample, mean)
         return super().step(direction, timestep, sample, return_dict=return_dict)

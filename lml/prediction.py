@@ -9,6 +9,24 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 
+def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> tuple[float, float]:
+    """alpha and sigma of x_t = alpha x0 + sigma noise, the network's input at this step.
+
+    A scheduler with sigmas is asked for that of its step index, since its timesteps may be rounded
+    or on a scale of their own; another one for that of `timestep`, in [0, T].
+    """
+    if getattr(scheduler, "step_index", None) is None:
+        index = min(round(float(timestep)), len(scheduler.alphas_cumprod) - 1)
+        alpha = float(scheduler.alphas_cumprod[index]) ** 0.5
+        return alpha, (1 - alpha**2) ** 0.5
+    sigma = scheduler.sigmas[scheduler.step_index]
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
+        return float(alpha), float(sigma)
+    alpha = 1 / (1 + float(sigma) ** 2) ** 0.5
+    return alpha, alpha * float(sigma)
+
+
 def change_noise(
     scheduler: SchedulerMixin,
     model_output: Tensor,
@@ -18,16 +36,14 @@ def change_noise(
 ) -> Tensor:
     """The output that amounts to the noise `change(noise)` where `model_output` amounts to `noise`.
 
-    All are (B, C, H, W), `sample` in the solver's own coordinates and `timestep` in [0, T]. Of a
-    scheduler without a `prediction_type`, and of flow matching, the output itself is changed.
+    All are (B, C, H, W), `sample` in the solver's own coordinates. For a scheduler without a
+    `prediction_type`, and for flow matching, the output itself is changed.
     """
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("v_prediction", "sample"):
         return change(model_output)
 
-    index = min(round(float(timestep)), len(scheduler.alphas_cumprod) - 1)
-    alpha = scheduler.alphas_cumprod[index].sqrt().item()
-    sigma = (1 - alpha**2) ** 0.5
+    alpha, sigma = noise_level(scheduler, timestep)
     x = scheduler.scale_model_input(sample, timestep).to(
         torch.promote_types(sample.dtype, torch.float32)
     )

@@ -16,6 +16,8 @@ NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lml import schedulers
@@ -36,17 +38,13 @@ class ReleasedCorrection(LMLCorrection):
             if self.rank and getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)}: the released code has {value}")
 
-    def _correct(self, anchors: list[Tensor], direction: Tensor, timestep) -> Tensor:
-        if self._frozen(timestep):
-            return direction
+    def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:
         axes = tuple(range(1, direction.ndim))
         g = u = direction
         if anchors:
             u = self.kappa * anchors[-1] + (1 - self.kappa) * g
         square = (g * g).sum(axes, keepdim=True)
-        d = g - u * (g * u).sum(axes, keepdim=True) / (
-            self.damping + (u * u).sum(axes, keepdim=True)
-        )
+        d = g - u * (g * u).sum(axes, keepdim=True) / (damping + (u * u).sum(axes, keepdim=True))
         return d * square.sqrt() / (d * d).sum(axes, keepdim=True).sqrt()
 
 

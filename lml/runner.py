@@ -214,9 +214,11 @@ def determine(
         optional["prompts"] = prompts.settings
     lml = cfg["lml"] if cfg["lml"].get("rank") != 0 else {"rank": 0}
     if (correction := getattr(scheduler, "correction", None)) and correction.rank:
-        # what it is where none was given
         scale = "relative" if correction.is_relative else "absolute"
-        lml = {**lml, "damping": correction.damping, "damping_scale": scale}
+        try:
+            lml = {**lml, "damping": list(scheduler.dampings), "damping_scale": scale}
+        except ValueError as error:  # a list for another number of steps
+            raise UserError(f"lml.{error}") from None
     return {
         "model": model.settings,
         "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},

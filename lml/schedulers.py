@@ -8,7 +8,7 @@ beside the parent's own. `target` says which direction g is corrected:
 - "prediction": the noise that the network predicts (after guidance), before the solver sees it.
   Networks that predict v or x0 are corrected in the noise that this amounts to: the same step
   for any parametrisation. (Anchors in v make things worse: v turns along a trajectory even where
-  the noise does not.) Of flow matching it is the velocity;
+  the noise does not.) For flow matching, g is the velocity;
 - "increment": the solver's whole step, x_s = A x_t + g with A the solver's own scalar;
 - "direction": the re-noising term alone, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
 
@@ -47,7 +47,6 @@ from lml.prediction import change_noise
 
 def _parameters() -> list[inspect.Parameter]:
     options = dict(inspect.signature(LMLCorrection).parameters)
-    del options["num_train_timesteps"]  # the scheduler's own
     options["target"] = inspect.Parameter(
         "target", inspect.Parameter.KEYWORD_ONLY, default="prediction"
     )
@@ -81,6 +80,11 @@ def _like(parent: Callable, method: Callable) -> Callable:
 class LMLSchedulerMixin:
     """Goes before a diffusers scheduler among the bases of a class: `class X(Mixin, Parent)`.
 
+    `anchors` and `position`, which a step replaces and never changes in place, are all that is
+    remembered from one step to the next. So a copy of the scheduler, or of its `__dict__`, is a
+    trajectory of its own. A step at or before the last position begins a new one. Gradients flow
+    through a step as through the parent's, but not through the anchors.
+
     Raises (when the scheduler is made):
         ValueError: an option out of its range, or a `target` that the solver has no meaning for.
     """
@@ -104,10 +108,9 @@ class LMLSchedulerMixin:
         def init(self, *args, **kwargs):
             options = {p.name: kwargs.pop(p.name, p.default) for p in PARAMETERS}
             self._check_target(options.pop("target"))
-            # Before the parent's __init__: some set their timesteps there.
-            self.correction = self.correction_class(
-                **options, num_train_timesteps=self.config.num_train_timesteps
-            )
+            self.correction = self.correction_class(**options)
+            self.register_to_config(**{name: getattr(self.correction, name) for name in options})
+            self._forget()
             parent_init(self, *args, **kwargs)
 
         own = inspect.signature(parent_init)
@@ -128,14 +131,41 @@ class LMLSchedulerMixin:
             )
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the parent's; forgets all anchors, and chooses the damping if none was given."""
+        """As the parent's; forgets all anchors."""
         super().set_timesteps(*args, **kwargs)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.anchors: tuple[Tensor, ...] = ()
+        self.position: int | None = None  # of the last step in the grid
+        self._dampings: tuple[float | None, ...] | None = None
+
+    @property
+    def default_damping(self) -> float:
+        """The damping on this grid where the options give none, relative."""
         # What the correction adds is what a solver of first order lacks; it disturbs the others.
         steps = None if self.is_first_order else len(self.timesteps)
         damping = self.damping_factor * default_damping(self.correction.rank, steps)
         if any(map(self._own, EVEN_IN_LOG_SNR)):
             damping *= EVEN_IN_LOG_SNR_FACTOR
-        self.correction.reset(damping)
+        return damping
+
+    @property
+    def dampings(self) -> tuple[float | None, ...]:
+        """The damping of each step of this grid; None for a step that is left as it is.
+
+        Raises:
+            ValueError: the option `damping` is a list for another number of steps.
+        """
+        if self._dampings is None:
+            self._dampings = self.correction.dampings(
+                self._training_timesteps(), self.config.num_train_timesteps, self.default_damping
+            )
+        return self._dampings
+
+    def _training_timesteps(self) -> list[float]:
+        """The grid in [0, T]."""
+        return self.timesteps.tolist()
 
     @property
     def is_first_order(self) -> bool:
@@ -151,6 +181,10 @@ class LMLSchedulerMixin:
         """As the parent's, with the direction that `target` names corrected."""
         if self.correction.rank == 0:
             return super().step(model_output, timestep, sample, *args, **kwargs)
+        position = self._position(timestep)
+        if self.position is not None and position <= self.position:
+            self.anchors = ()  # of another trajectory
+        self.position = position
         if self.config.target == "prediction":
             prediction = self._correct_prediction(model_output, timestep, sample)
             return super().step(prediction, timestep, sample, *args, **kwargs)
@@ -167,7 +201,7 @@ class LMLSchedulerMixin:
         output, noise = self._solve(super().step, call.arguments)
         part, scale = self._split(output, timestep, call.arguments["sample"])
         if scale > 0:
-            direction = self.correction((output.prev_sample - part) / scale, timestep)
+            direction = self._correct((output.prev_sample - part) / scale)
             output.prev_sample = part + scale * direction
         output.prev_sample = output.prev_sample + noise
         for name, value in output.items():
@@ -181,10 +215,20 @@ class LMLSchedulerMixin:
             mean, variance = model_output.split(channels, dim=1)
             return torch.cat([self._correct_prediction(mean, timestep, sample), variance], dim=1)
 
-        def correct(noise: Tensor) -> Tensor:
-            return self.correction(noise, timestep)
+        return change_noise(self, model_output, timestep, sample, self._correct)
 
-        return change_noise(self, model_output, timestep, sample, correct)
+    def _correct(self, direction: Tensor) -> Tensor:
+        damping = self.dampings[self.position]
+        corrected, self.anchors = self.correction(direction, self.anchors, damping)
+        return corrected
+
+    def _position(self, timestep) -> int:
+        """Where in the grid this step is."""
+        if hasattr(self, "step_index"):
+            if self.step_index is None:
+                self._init_step_index(timestep)
+            return self.step_index
+        return int((self.timesteps - timestep).abs().argmin())
 
     def _solve(self, step: Callable, arguments: dict):
         """The parent's output without the noise that it adds, and that noise."""
@@ -274,12 +318,18 @@ class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
     damping_factor = ADAMS_BASHFORTH
     is_first_order = False
 
+    def _position(self, timestep):
+        return self.counter  # timesteps are in its grid more than once
+
 
 class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
     """Improved PNDM with LML; its own noise schedule, as in diffusers."""
 
     damping_factor = ADAMS_BASHFORTH
     is_first_order = False
+
+    def _training_timesteps(self):
+        return (self.timesteps * self.config.num_train_timesteps).tolist()  # its own are in [0, 1]
 
 
 class LMLDiscreteIPNDMScheduler(LMLSchedulerMixin, DiscreteIPNDMScheduler):
@@ -293,6 +343,14 @@ class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):
     """Euler's method in sigma (arXiv 2206.00364) with LML; A = 1."""
 
     targets = ("prediction", "increment")
+
+    def _training_timesteps(self):
+        if self.config.timestep_type == "discrete":
+            return super()._training_timesteps()
+        # Continuous ones may be log(sigma) / 4.
+        alphas = self.alphas_cumprod.double()
+        log_sigmas = (((1 - alphas) / alphas) ** 0.5).log().numpy()
+        return self._sigma_to_t(self.sigmas[:-1].numpy(force=True), log_sigmas).tolist()
 
     def _solve(self, step, arguments):
         if arguments.get("s_churn"):
@@ -316,6 +374,10 @@ class LMLFlowMatchEulerDiscreteScheduler(LMLSchedulerMixin, FlowMatchEulerDiscre
         super()._check_target(target)
         if target != "prediction" and self.config.stochastic_sampling:
             raise ValueError(f"target={target}: not with stochastic_sampling=True")
+
+    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
+        """The sample as it is. Pipelines that know the parent's class by name ask others for it."""
+        return sample
 
     def _split(self, output, timestep, sample):
         return sample, 1.0

@@ -19,6 +19,8 @@ VALUES = {
     "lml.damping=-1.5": "lml.damping=-1.5.*> 0",
     "lml.damping=nan": "lml.damping=nan.*> 0",
     "lml.damping=much": "lml.damping=much.*> 0",
+    "lml.damping=[8,null]": r"lml.damping=\[8.0, None\]: has 2 entries for \d+ steps",
+    "lml.damping=[8,-1]": r"lml.damping=\[8, -1\].*> 0 and of None",
     "lml.kappa=1.5": "lml.kappa=1.5.*0.*1",
     "lml.kappa=-0.1": "lml.kappa=-0.1.*0.*1",
     "lml.freeze=2": "lml.freeze=2.*0.*1",

@@ -67,6 +67,15 @@ def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     assert runner.find_steps(made, 5, solver) >= 1
 
 
+@pytest.mark.parametrize(
+    ("solver", "target"),
+    [("flow_euler", "prediction"), ("ddim", "direction"), ("dpmsolver", "increment")],
+)
+def test_what_the_authors_correct(solver, target):
+    """The velocity of flow matching, DDIM's re-noising term, DPM-Solver's increment."""
+    assert composed(f"solver={solver}", "lml=published")["lml"]["target"] == target
+
+
 @pytest.mark.parametrize("solver", [s for s in names("solver") if s != "ipndm_diffusers"])
 def test_every_solver_runs(script, tmp_path, solver):
     model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")

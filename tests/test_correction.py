@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from along import along
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -54,8 +55,9 @@ def naive(anchors: list[Tensor], g: Tensor, damping: float, relative: bool = Tru
 
 
 def last(correction: LMLCorrection, directions: list[Tensor]) -> Tensor:
+    correct = along(correction)
     for direction in directions:
-        corrected = correction(direction)
+        corrected = correct(direction)
     return corrected
 
 
@@ -85,20 +87,17 @@ def test_equals_the_inverse_of_the_hessian(dtype, rank, scale, normed):
 
 def test_history_grows_to_the_rank_and_holds_uncorrected_directions():
     inputs = directions(5, seed=1)
-    correction = LMLCorrection(rank=3, damping=2.0)
+    correct = along(LMLCorrection(rank=3, damping=2.0))
     for k, g in enumerate(inputs):
-        corrected = correction(g)
+        corrected = correct(g)
         anchors = inputs[max(0, k - 3) : k]
         expected = by_inverse(anchors, g, 2.0) if anchors else g
         assert error(corrected, expected) < 1e-10
-    correction.reset()
-    assert torch.equal(correction(inputs[0]), inputs[0])
 
 
 def test_anchors_are_copies():
     inputs = directions(2, seed=2)
-    kept = LMLCorrection(rank=1)
-    mutated = LMLCorrection(rank=1)
+    kept, mutated = along(LMLCorrection(rank=1)), along(LMLCorrection(rank=1))
     first = inputs[0].clone()
     kept(inputs[0])
     mutated(first)
@@ -109,9 +108,9 @@ def test_anchors_are_copies():
 @pytest.mark.parametrize("kappa", [0.1, 0.5, 1.0])
 def test_ema_mixes_the_previous_direction_into_the_anchor(kappa):
     inputs = directions(4, seed=3)
-    correction = LMLCorrection(1, 0.3, anchor="ema", kappa=kappa)
+    correct = along(LMLCorrection(1, 0.3, anchor="ema", kappa=kappa))
     for k, g in enumerate(inputs):
-        corrected = correction(g)
+        corrected = correct(g)
         expected = g if k == 0 else by_inverse([kappa * inputs[k - 1] + (1 - kappa) * g], g, 0.3)
         assert error(corrected, expected) < 1e-8
 
@@ -119,14 +118,14 @@ def test_ema_mixes_the_previous_direction_into_the_anchor(kappa):
 @pytest.mark.parametrize("scale", ["relative", "absolute"])
 @pytest.mark.parametrize("damping", [1e-12, 5e-5, 1.0])
 def test_ema_with_kappa_0_is_the_identity(scale, damping):
-    correction = LMLCorrection(1, damping, scale, "ema", 0.0)
+    correct = along(LMLCorrection(1, damping, scale, "ema", 0.0))
     for g in directions(3, seed=4, shape=(2, 3, 32, 32)):
-        assert torch.equal(correction(g.float()), g.float())
+        assert torch.equal(correct(g.float()), g.float())
 
 
 def test_ema_with_kappa_0_shrinks_without_norm_preservation():
     (g,) = directions(1, seed=5)
-    shrunk = LMLCorrection(1, 0.25, anchor="ema", norm_preserving=False)(g)
+    shrunk = along(LMLCorrection(1, 0.25, anchor="ema", norm_preserving=False))(g)
     torch.testing.assert_close(shrunk, g * 0.25 / 1.25)
 
 
@@ -197,7 +196,7 @@ def test_the_naive_float32_formula_fails_where_ours_holds():
     # The published case: the anchor is g itself, damping far below |g|^2.
     failed = naive([g], g, 1e-3 / 3072)
     assert not error(failed, g) < 1e-4
-    assert error(LMLCorrection(1, 1e-3, "absolute", "ema", 0.0)(g), g) == 0
+    assert error(along(LMLCorrection(1, 1e-3, "absolute", "ema", 0.0))(g), g) == 0
 
 
 extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e19, 3.4e38])
@@ -216,17 +215,19 @@ extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e19, 3.4e38])
 def test_finite_input_gives_finite_output(sizes, exponent, relative, dtype, anchor, kappa, seed):
     limit = torch.finfo(dtype).max
     generator = torch.Generator().manual_seed(seed)
-    correction = LMLCorrection(
-        1 if anchor == "ema" else 3,
-        10.0**exponent,
-        "relative" if relative else "absolute",
-        anchor,
-        kappa,
+    correct = along(
+        LMLCorrection(
+            1 if anchor == "ema" else 3,
+            10.0**exponent,
+            "relative" if relative else "absolute",
+            anchor,
+            kappa,
+        )
     )
     for size in sizes:
         size = size**7 if dtype == torch.float64 else size
         g = (torch.rand(2, 6, generator=generator, dtype=torch.float64) * 2 - 1) * size
-        corrected = correction(g.clamp(-limit, limit).to(dtype))
+        corrected = correct(g.clamp(-limit, limit).to(dtype))
         assert corrected.isfinite().all()
 
 
@@ -298,15 +299,32 @@ def test_the_default_damping_by_steps():
     assert [default_damping(2, n) for n in (2, 5, 10, 20)] == [6, 6, 24, 96]
 
 
-def test_a_damping_that_is_told_at_reset_is_taken_where_none_was_given():
-    given, free = LMLCorrection(damping=3.0), LMLCorrection(damping_scale="absolute")
-    for correction in (given, free):
-        correction.reset(40.0)
-        correction.reset()
-    assert (given.damping, free.damping) == (3.0, 40.0)
-    # a default damping is relative, whatever the scale of a given one
-    expected, directions = LMLCorrection(damping=40.0), torch.randn(4, 2, 8).unbind()
-    assert torch.equal(last(free, directions), last(expected, directions))
+def test_the_damping_of_each_step():
+    times = (900, 600, 300)
+    for options, expected in [
+        ({}, (6, 6, 6)),
+        ({"damping": 3}, (3, 3, 3)),
+        ({"damping": [3, None, 0.5]}, (3, None, 0.5)),
+        ({"freeze": 0.4}, (None, None, 6)),
+        ({"damping": (3, 2, None), "freeze": 0.2}, (None, 2, None)),
+    ]:
+        assert LMLCorrection(**options).dampings(times, 1000, default=6) == expected
+    with pytest.raises(ValueError, match=r"^damping=\[1\.0, 2\.0\]: has 2 entries for 3 steps$"):
+        LMLCorrection(damping=[1, 2]).dampings(times, 1000, default=6)
+
+
+def test_a_default_damping_is_relative_whatever_the_scale_of_a_given_one():
+    assert LMLCorrection(damping_scale="absolute").is_relative
+    assert not LMLCorrection(damping=[None, 1.0], damping_scale="absolute").is_relative
+
+
+def test_a_step_without_damping_is_left_alone_and_remembered():
+    first, second, third = directions(3, seed=16)
+    correction = LMLCorrection(2, 1.0)
+    unchanged, anchors = correction(second, (first,), None)
+    assert unchanged is second
+    corrected, _ = correction(third, anchors, 1.0)
+    assert error(corrected, by_inverse([first, second], third, 1.0)) < 1e-10
 
 
 def test_limits_of_the_damping():
@@ -329,32 +347,24 @@ def test_gradients_flow():
     torch.autograd.gradcheck(lambda g: last(LMLCorrection(1, 0.5), [u, g]), (g,))
 
 
-def test_freeze():
-    u, g = directions(2, seed=13)
-    frozen, free = LMLCorrection(1, freeze=0.3), LMLCorrection(1, freeze=0.3)
-    frozen(u, 900), free(u, 900)
-    assert torch.equal(frozen(g, torch.tensor(700)), g)
-    assert not torch.equal(free(g, 699), g)
-    always = LMLCorrection(1, freeze=1)
-    always(u, 1)
-    assert torch.equal(always(g, 0), g)
-    with pytest.raises(ValueError, match="freeze"):
-        LMLCorrection(1, freeze=0.3)(u)
+def test_gradients_do_not_flow_through_anchors():
+    u, g = directions(2, seed=12, shape=(2, 5))
+    correct = along(LMLCorrection(1, 0.5))
+    correct(u.requires_grad_(True))
+    correct(g.requires_grad_(True)).sum().backward()
+    assert u.grad is None and g.grad.isfinite().all()
 
 
 def test_rank_0_returns_its_argument():
     (g,) = directions(1, seed=14)
-    correction = LMLCorrection(rank=0)
-    assert correction(g) is g and correction(g) is g
+    assert LMLCorrection(rank=0)(g, (), 1.0) == (g, ())
 
 
-def test_another_shape_needs_a_reset():
-    correction = LMLCorrection()
-    correction(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="reset"):
-        correction(torch.ones(4, 3))
-    correction.reset()
-    correction(torch.ones(4, 3))
+def test_anchors_of_another_shape_are_dropped():
+    correction = LMLCorrection(2, 1.0)
+    old, g = torch.randn(4, 3), torch.randn(2, 3)
+    corrected, anchors = correction(g, (old,), 1.0)
+    assert torch.equal(corrected, g) and [u.shape for u in anchors] == [g.shape]
 
 
 @pytest.mark.parametrize(
@@ -369,6 +379,11 @@ def test_another_shape_needs_a_reset():
         {"damping": math.nan},
         {"damping": math.inf},
         {"damping": "8"},
+        {"damping": []},
+        {"damping": [1.0, 0]},
+        {"damping": [1.0, "2"]},
+        {"damping": [[1.0]]},
+        {"damping": {1.0: 2.0}},
         {"damping_scale": "log"},
         {"anchor": "mean"},
         {"kappa": 1.1},

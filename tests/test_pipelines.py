@@ -6,10 +6,13 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPanoramaPipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
@@ -114,6 +117,28 @@ def test_image_to_image(stable_diffusion, cls):
     assert torch.equal(sample(pipe, **options), plain)
     pipe.scheduler = cls.from_config(stable_diffusion.scheduler.config)
     assert sample(pipe, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("parent", [DDIMScheduler, EulerDiscreteScheduler])
+def test_views_of_a_panorama_do_not_correct_one_another(stable_diffusion, parent):
+    """The pipeline restores the scheduler's `__dict__` for every view."""
+    pipe = StableDiffusionPanoramaPipeline(
+        **stable_diffusion.components, requires_safety_checker=False
+    )
+    # of 8 x 8 latents, where the pipeline's own are of 64 x 64
+    pipe.get_views = lambda *_, **__: [(0, 8, left, left + 8) for left in (0, 4, 8)]
+    ours = getattr(schedulers, f"LML{parent.__name__}")
+
+    def difference(scheduler) -> torch.Tensor:
+        """Between one view at a time and all of them in a batch: rounding, for the parent."""
+        pipe.scheduler = scheduler
+        options = {"prompt": "a cat", "height": 16, "width": 32}
+        images = [sample(pipe, **options, view_batch_size=count) for count in (1, 3)]
+        return (images[0] - images[1]).abs().max()
+
+    config = stable_diffusion.scheduler.config
+    assert difference(parent.from_config(config)) < 1e-4
+    assert difference(ours.from_config(config, rank=2, damping=0.5)) < 1e-4
 
 
 def test_custom_timesteps_and_sigmas(stable_diffusion):

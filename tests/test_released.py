@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from along import along
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
@@ -23,9 +24,9 @@ def directions(count: int = 4, dtype=torch.float64) -> list[torch.Tensor]:
 
 def test_the_formula():
     """By numpy, sample by sample."""
-    correction, previous = ReleasedCorrection(**OPTIONS, damping=2.0, kappa=0.3), None
+    correct, previous = along(ReleasedCorrection(**OPTIONS, damping=2.0, kappa=0.3)), None
     for g in directions():
-        corrected = correction(g)
+        corrected = correct(g)
         for i, row in enumerate(g.flatten(1).numpy()):
             u = row if previous is None else 0.3 * previous[i] + 0.7 * row
             d = row - u * np.dot(u, row) / (2.0 + np.dot(u, u))
@@ -36,7 +37,7 @@ def test_the_formula():
 
 @pytest.mark.parametrize("kappa", [0.0, 0.5])
 def test_in_float64_with_a_moderate_damping_it_is_ours(kappa):
-    released, ours = (c(**OPTIONS, damping=1.0, kappa=kappa) for c in CORRECTIONS)
+    released, ours = (along(c(**OPTIONS, damping=1.0, kappa=kappa)) for c in CORRECTIONS)
     for g in directions():
         torch.testing.assert_close(released(g), ours(g), rtol=1e-9, atol=1e-9)
 
@@ -47,7 +48,7 @@ CORRECTIONS = (ReleasedCorrection, LMLCorrection)
 def test_in_float32_at_the_published_damping_it_is_rounding():
     """In exact arithmetic kappa = 0 gives g back."""
     released, double, ours = (
-        c(**OPTIONS, damping=1e-3, kappa=0.0)
+        along(c(**OPTIONS, damping=1e-3, kappa=0.0))
         for c in (ReleasedCorrection, ReleasedCorrection, LMLCorrection)
     )
     for g in directions(dtype=torch.float32):
@@ -60,7 +61,7 @@ def test_in_float32_at_the_published_damping_it_is_rounding():
 
 def test_a_zero_direction_is_nan_in_its_own_sample_alone():
     g = directions(1)[0].index_fill(0, torch.tensor(2), 0.0)
-    corrected = ReleasedCorrection(**OPTIONS, damping=1.0)(g)
+    corrected = along(ReleasedCorrection(**OPTIONS, damping=1.0))(g)
     assert corrected.flatten(1).isnan().any(1).tolist() == [False, False, True, False, False]
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torchmetrics import Metric
 
-from lml.correction import LMLCorrection
 from lml.errors import UserError
 from lml.exact import ExactModel
 from lml.pipelines.trajectory import Replay, Trajectory
@@ -104,8 +103,8 @@ class CorrectionCosine(AlongTrajectory):
 
     def look(self, replay: Replay, trajectory: Trajectory) -> Iterator[tuple[int, Tensor]]:
         self.non_finite += (~trajectory.images.isfinite().flatten(1).all(1)).sum()
-        for step, (_, direction, corrected) in enumerate(trajectory.corrections):
-            cosine = _cosine(corrected, direction)
+        for step, correction in enumerate(trajectory.corrections):
+            cosine = _cosine(correction.corrected, correction.direction)
             self.lowest = torch.minimum(self.lowest, cosine.nan_to_num(torch.inf).min())
             yield step, cosine[None]
 
@@ -183,7 +182,7 @@ class IdealDirection(AlongTrajectory):
             if not corrections:
                 corrected = noise
             elif _noise_is_corrected(replay):
-                corrected = corrections[step][2].double()
+                corrected = corrections[step].corrected.double()
             if following := [x_s for t_s, x_s in path[step + 1 :] if t_s == s]:
                 gone = _direction(x, start, following[-1], end)
             else:
@@ -274,25 +273,24 @@ class Hessian(AlongTrajectory):
             raise UserError("metrics=[hessian]: needs lml.rank above 0 and lml.target=prediction")
 
     def look(self, replay: Replay, trajectory: Trajectory) -> Iterator[tuple[int, Tensor]]:
-        correction, directions = replay.scheduler.correction, []
+        options = replay.scheduler.correction
         path = zip(trajectory.evaluations, trajectory.corrections, strict=True)
-        for step, ((t, x), (_, g, corrected)) in enumerate(path):
-            g, corrected = g.double().flatten(1), corrected.double().flatten(1)
-            if anchors := _anchors(correction, directions, g):
-                anchors = torch.stack(anchors, 2)  # (B, D, r)
-                samples = zip(x.double(), g, corrected, anchors, strict=True)
-                values = [
-                    _against_hessian(replay.network, t, *sample, correction) for sample in samples
-                ]
-                yield step, torch.stack(values, 1)
-            directions.append(g)
-
-
-def _anchors(correction: LMLCorrection, directions: list[Tensor], g: Tensor) -> list[Tensor]:
-    """Those of the direction `g` after `directions`, as `LMLCorrection` takes them."""
-    if correction.anchor == "history" or not directions:
-        return directions[-correction.rank :]
-    return [correction.kappa * directions[-1] + (1 - correction.kappa) * g]
+        for step, ((t, x), correction) in enumerate(path):
+            g = correction.direction.double().flatten(1)
+            corrected = correction.corrected.double().flatten(1)
+            anchors = [u.double().flatten(1) for u in correction.anchors]
+            if not anchors or correction.damping is None:
+                continue
+            if options.anchor == "ema":
+                anchors = [options.kappa * anchors[0] + (1 - options.kappa) * g]
+            samples = zip(x.double(), g, corrected, torch.stack(anchors, 2), strict=True)
+            values = [
+                _against_hessian(
+                    replay.network, t, *sample, correction.damping, options.is_relative
+                )
+                for sample in samples
+            ]
+            yield step, torch.stack(values, 1)
 
 
 def _against_hessian(
@@ -302,7 +300,8 @@ def _against_hessian(
     g: Tensor,
     corrected: Tensor,
     U: Tensor,
-    correction: LMLCorrection,
+    damping: float,
+    is_relative: bool,
 ) -> Tensor:
     """The quantities of `Hessian` for one sample: x (C, H, W), g and g' (D,), U (D, r)."""
     D = g.numel()
@@ -314,7 +313,7 @@ def _against_hessian(
     spectral, hilbert_schmidt = eigenvalues.abs().max(), torch.linalg.vector_norm(eigenvalues)
 
     mean_square = U.square().sum(0).mean()
-    damping = correction.damping * (mean_square if correction.is_relative else 1.0)
+    damping = damping * (mean_square if is_relative else 1.0)
     H = U @ U.T + damping * identity
 
     def distances(matrix: Tensor) -> list[Tensor]:

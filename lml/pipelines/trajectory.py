@@ -15,16 +15,29 @@ from lml.exact import ExactModel
 
 
 @dataclass
+class Correction:
+    """One call of LML: the direction g, g', the anchors and the damping (None: g' is g).
+
+    Tensors are (B, C, H, W); `anchors` are what `LMLCorrection` was given.
+    """
+
+    direction: Tensor
+    corrected: Tensor
+    anchors: tuple[Tensor, ...]
+    damping: float | None
+
+
+@dataclass
 class Trajectory:
     """The way of a batch of B samples, from noise to images.
 
     Every tensor is (B, C, H, W). `evaluations`: at each call of an exact model the timestep and
     the x_t that it was given, of noise σ and signal α; of other networks nothing. `corrections`:
-    at each step that LML corrects the timestep, g and g'. `images`: in about [-1, 1].
+    one at each step that LML corrects. `images`: in about [-1, 1].
     """
 
     evaluations: list[tuple[float, Tensor]] = field(default_factory=list)
-    corrections: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
     images: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -55,9 +68,9 @@ def record(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[Trajectory
         sample, timestep = args[:2]
         trajectory.evaluations.append((float(timestep), sample))
 
-    def corrected(_: nn.Module, args: tuple, output: Tensor) -> None:
-        direction, timestep = args
-        trajectory.corrections.append((float(timestep), direction, output))
+    def corrected(_: nn.Module, args: tuple, output: tuple) -> None:
+        direction, anchors, damping = args
+        trajectory.corrections.append(Correction(direction, output[0], anchors, damping))
 
     hooks = []
     if isinstance(network, ExactModel):

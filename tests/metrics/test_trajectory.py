@@ -20,7 +20,7 @@ from lml.exact import Gaussian, MixtureOfGaussians
 from lml.metrics.evaluate import build
 from lml.metrics.trajectory import CorrectionCosine, Hessian, IdealDirection
 from lml.pipelines import pixel
-from lml.pipelines.trajectory import Replay, Trajectory, record
+from lml.pipelines.trajectory import Correction, Replay, Trajectory, record
 
 SCHEDULE = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
 STEPS = 5
@@ -65,10 +65,12 @@ def test_what_is_recorded():
     run = replay(rank=2, damping=1.0)
     for trajectory in run.batches:
         times = [t for t, _ in trajectory.evaluations]
-        assert times == [t for t, *_ in trajectory.corrections] == run.timesteps
+        assert times == run.timesteps
+        assert [len(c.anchors) for c in trajectory.corrections] == [0, 1, 2, 2, 2][:STEPS]
         ends = [x for _, x in trajectory.evaluations[1:]] + [trajectory.images]
         path = zip(trajectory.evaluations, trajectory.corrections, ends, strict=True)
-        for (t, x), (_, g, corrected), x_s in path:
+        for (t, x), correction, x_s in path:
+            g, corrected = correction.direction, correction.corrected
             alpha, sigma = run.network.noise_levels(t)
             alpha_s, sigma_s = run.network.noise_levels(t - 200) if t > 200 else (1.0, 0.0)
             noise = (x - alpha * run.network.posterior_mean(x, t)) / sigma
@@ -109,7 +111,12 @@ def test_correction_cosine_by_numpy():
     run = replay(rank=2, damping=1.0)
     result = computed(CorrectionCosine(5), run)
     expected = np.array(
-        [np.concatenate([cosine(*b.corrections[k][1:]) for b in run.batches]) for k in range(STEPS)]
+        [
+            np.concatenate(
+                [cosine(c.direction, c.corrected) for c in (b.corrections[k] for b in run.batches)]
+            )
+            for k in range(STEPS)
+        ]
     )
     assert result["steps"]["timestep"].tolist() == run.timesteps
     np.testing.assert_allclose(result["steps"]["cosine"], expected.mean(1), rtol=1e-6)
@@ -128,8 +135,8 @@ def test_samples_that_are_not_finite_are_counted_and_left_out():
     expected = computed(CorrectionCosine(5), replay(rank=1, damping=1.0, batches=(2,)))
     spoilt = [copy.deepcopy(run.batches[0])]
     spoilt[0].images[2, 0, 0, 0] = torch.inf
-    for _, _, corrected in spoilt[0].corrections:
-        corrected[2] = torch.nan
+    for correction in spoilt[0].corrections:
+        correction.corrected[2] = torch.nan
     result = computed(
         CorrectionCosine(5), Replay(run.network, run.scheduler, run.timesteps, 3, spoilt)
     )
@@ -260,10 +267,10 @@ def one_step(model: Gaussian, anchors: Tensor, g: Tensor, corrected: Tensor, **o
     shape = (1, *model.shape)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     times = [900.0, 700.0, 300.0][-anchors.shape[1] - 1 :]
-    corrections = [
-        (t, u.view(shape), u.view(shape)) for t, u in zip(times, anchors.T, strict=False)
-    ]
-    corrections.append((300.0, g.view(shape), corrected.view(shape)))
+    before = [u.view(shape) for u in anchors.T]
+    damping = options.get("damping", 1.0)
+    corrections = [Correction(u, u, (), damping) for u in before]
+    corrections.append(Correction(g.view(shape), corrected.view(shape), tuple(before), damping))
     trajectory = Trajectory([(t, x) for t in times], corrections)
     return Replay(model, scheduler, times, 1, [trajectory])
 
@@ -317,7 +324,7 @@ def test_every_quantity_by_numpy(anchor):
     run = replay(model=model, batches=(1,), anchor=anchor, damping=2.0, **options)
     steps = computed(Hessian(1), run)["steps"]
     (trajectory,) = run.batches
-    g = [c[1].flatten().numpy() for c in trajectory.corrections]
+    g = [c.direction.flatten().numpy() for c in trajectory.corrections]
     seen = range(1, STEPS)
     assert steps["timestep"].tolist() == [run.timesteps[k] for k in seen]
     for row, k in enumerate(seen):
@@ -342,8 +349,11 @@ def test_every_quantity_by_numpy(anchor):
             expected[f"hilbert_schmidt{name}"] = np.linalg.norm(matrix - T) / np.linalg.norm(T)
         damped = T + relative * np.abs(np.linalg.eigvalsh(T)).mean() * np.eye(12)
         n = torch.from_numpy(np.linalg.solve(damped, g[k]))[None]
-        for name, index in {"prediction": 1, "corrected": 2}.items():
-            direction = trajectory.corrections[k][index].flatten(1)
+        correction = trajectory.corrections[k]
+        for name, direction in {
+            "prediction": correction.direction,
+            "corrected": correction.corrected,
+        }.items():
             expected[f"angle_{name}"] = np.degrees(np.arccos(cosine(direction, n)))[0]
         expected["indefinite"] = float(np.linalg.eigvalsh(damped).min() < 0)
         assert set(expected) == set(Hessian.quantities)
