@@ -1,17 +1,18 @@
 """Trains the embedded CIFAR-10 denoiser and the feature network behind FD-CIFAR.
 
-Both go through `fit`, which owns what they share: the time budget, the learning rate, the moving
-average, the log, and a checkpoint from which a later sitting goes on.
+Both go through `fit`, which owns what they share: the budget, the learning rate, the moving
+average, the log, the curve, and a checkpoint from which a later sitting goes on.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from lml.data import cifar10
 from lml.data.statistics import make_reference
 from lml.device import use_device
+from lml.errors import UserError
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
 
@@ -42,30 +44,53 @@ SHARD = "15MB"  # small enough for git
 
 @dataclass
 class Budget:
-    """How long and how to train. `minutes` is the total over all sittings."""
+    """How much and how to train. `images` is the total over all sittings, however long each is."""
 
-    minutes: float = 120.0
+    images: int = 3_000_000
     batch_size: int = 128
     lr: float = 4e-4
     weight_decay: float = 0.0
     warmup: int = 500  # steps
-    decay_from: float = 0.6  # the share of the minutes after which the rate falls linearly to 0
+    decay_from: float = 0.6  # the share of the images after which the rate falls linearly to 0
     ema_inv_gamma: float = 8.0  # the average reaches back over about the last eighth of the steps
     compile: bool = True
+    dtype: str = "auto"  # float32, bfloat16 (autocast), or whichever is faster here
     save_minutes: float = 5.0
+    report_every: int = 10  # checkpoints; what takes time is measured then, and at the end
     seed: int = 0
 
     def rate(self, step: int, progress: float) -> float:
-        """Learning rate after `step` steps and a share `progress` of the minutes."""
+        """Learning rate after `step` steps and a share `progress` of the images."""
         fall = (1 - progress) / (1 - self.decay_from) if self.decay_from < 1 else 1.0
         return self.lr * min(1.0, (step + 1) / self.warmup, max(fall, 0.01))
 
 
-def batches(count: int, batch_size: int, generator: torch.Generator):
-    """Endless index batches; every image once an epoch, in a new order each time."""
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % batch_size].split(batch_size)
+def batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless index batches from the `start`th on; every image once an epoch, in a new order."""
+    size = count // batch_size
+    for epoch in itertools.count(start // size):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
+        yield from order[: size * batch_size].split(batch_size)[max(0, start - epoch * size) :]
+
+
+def choose_dtype(step: Callable[[torch.dtype], object], asked: str) -> torch.dtype:
+    """The type that `asked` names; for "auto" the one in which `step(dtype)` takes less time.
+
+    UserError for another name.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if asked in dtypes:
+        return dtypes[asked]
+    if asked != "auto":
+        raise UserError(f"budget.dtype={asked}: must be auto, float32 or bfloat16")
+
+    def seconds(dtype: torch.dtype) -> float:
+        step(dtype), step(dtype)  # the first calls compile
+        start = time.perf_counter()
+        step(dtype), step(dtype)
+        return time.perf_counter() - start
+
+    return min(dtypes.values(), key=seconds)
 
 
 def fit(
@@ -74,16 +99,20 @@ def fit(
     count: int,
     budget: Budget,
     out: Path,
-    on_save: Callable[[nn.Module, dict], dict] = lambda model, record: {},
+    on_save: Callable[[nn.Module], object] = lambda model: None,
+    report: Callable[[nn.Module], dict] = lambda model: {},
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Minimise `loss(model, indices, generator)` over `count` images until the minutes are spent.
+    """Minimise `loss(model, indices, generator)` over `count` images until the budget is spent.
 
-    `out/state.pt` holds everything a later call needs to go on; `out/log.jsonl` gets a line at
-    every save, with what `on_save(averaged model, record)` returns added to it. Returns the model
-    with its averaged weights.
+    A step depends on its number and the checkpoint alone, so that a training that was stopped at
+    any moment goes on as if it had not been. At every save `out/state.pt` gets all that a later
+    call needs, `on_save(averaged model)` is called, and `out/log.jsonl` gets a line; at every
+    `budget.report_every`th, and at the last, `report(averaged model)` adds to the line and
+    `out/curve.png` is drawn. Returns the model with its averaged weights.
     """
     out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -95,76 +124,120 @@ def fit(
     ema = EMAModel(
         model.parameters(), use_ema_warmup=True, inv_gamma=budget.ema_inv_gamma, power=1.0
     )
-    generator = torch.Generator().manual_seed(budget.seed)
-    step, seconds, state_path = 0, 0.0, out / "state.pt"
+    done = {"step": 0, "images": 0, "seconds": 0.0, "saves": 0}
+    state_path, log_path = out / "state.pt", out / "log.jsonl"
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
-        step, seconds = state["step"], state["seconds"]
-        generator.manual_seed(budget.seed + step)
+        done = state["done"]
     forward = torch.compile(model) if budget.compile else model
 
-    def save(record: dict) -> None:
+    def backward(dtype: torch.dtype, indices: Tensor, step: int) -> float:
+        generator = torch.Generator().manual_seed(budget.seed + 1_000_003 * (step + 1))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(forward, indices, generator)
+        optimizer.zero_grad()
+        value.backward()
+        return value.item()
+
+    def store() -> None:
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "ema": ema.state_dict(),
-            "step": step,
-            "seconds": seconds,
+            "done": done,
         }
         torch.save(state, partial := state_path.with_suffix(".partial"))
         os.replace(partial, state_path)
+
+    def save(record: dict, last: bool) -> None:
+        done["saves"] += 1
+        store()
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
         model.eval()
-        record |= on_save(model, record)
+        on_save(model)
+        is_reported = last or done["saves"] % budget.report_every == 0
+        if is_reported:
+            record |= report(model)
         model.train()
         ema.restore(model.parameters())
-        with (out / "log.jsonl").open("a") as log:
+        with log_path.open("a") as log:
             log.write(json.dumps(record) + "\n")
+        if is_reported:
+            draw_curve(log_path, out / "curve.png")
 
     model.train()
-    order = batches(count, budget.batch_size, generator)
-    bar = tqdm(total=round(budget.minutes * 60), initial=round(seconds), unit="s", mininterval=5)
-    losses, since, saved = [], step, seconds
+    order = batches(count, budget.batch_size, budget.seed, done["images"] // budget.batch_size)
+    if done["images"] < budget.images:
+        trial = torch.arange(budget.batch_size) % count
+        dtype = choose_dtype(lambda dtype: backward(dtype, trial, 0), budget.dtype)
+    bar = tqdm(total=budget.images, initial=done["images"], unit="img", mininterval=5)
+    losses, since, saved = [], done["images"], done["seconds"]
     clock = time.perf_counter()
-    while seconds < budget.minutes * 60:
-        progress = seconds / (budget.minutes * 60)
-        for group in optimizer.param_groups:
-            group["lr"] = budget.rate(step, progress)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            value = loss(forward, next(order), generator)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.step(model.parameters())
-        losses.append(value.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")
-        step += 1
-        now = time.perf_counter()
-        seconds, clock = seconds + now - clock, now
-        bar.update(round(seconds) - bar.n)
-        bar.set_postfix(loss=f"{losses[-1]:.4f}", images=step * budget.batch_size, refresh=False)
-        if seconds - saved >= budget.save_minutes * 60 or seconds >= budget.minutes * 60:
-            rate = (step - since) * budget.batch_size / max(seconds - saved, 1e-9)
-            save(
-                {
-                    "images": step * budget.batch_size,
-                    "minutes": round(seconds / 60, 2),
+    try:
+        while done["images"] < budget.images:
+            for group in optimizer.param_groups:
+                group["lr"] = budget.rate(done["step"], done["images"] / budget.images)
+            losses.append(backward(dtype, next(order), done["step"]))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss is {losses[-1]} at step {done['step']}")
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            ema.step(model.parameters())
+            now = time.perf_counter()
+            done |= {
+                "step": done["step"] + 1,
+                "images": done["images"] + budget.batch_size,
+                "seconds": done["seconds"] + now - clock,
+            }
+            clock = now
+            bar.update(budget.batch_size)
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+            last = done["images"] >= budget.images
+            if last or done["seconds"] - saved >= budget.save_minutes * 60:
+                seconds = max(done["seconds"] - saved, 1e-9)
+                record = {
+                    "images": done["images"],
+                    "minutes": round(done["seconds"] / 60, 2),
                     "loss": round(sum(losses) / len(losses), 5),
                     "lr": round(optimizer.param_groups[0]["lr"], 7),
-                    "images_per_second": round(rate, 1),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "images_per_second": round((done["images"] - since) / seconds, 1),
                 }
-            )
-            losses, since, saved = [], step, seconds
-            clock = time.perf_counter()
-    bar.close()
+                save(record, last)
+                losses, since, saved = [], done["images"], done["seconds"]
+                clock = time.perf_counter()
+    except KeyboardInterrupt as interruption:
+        interruption.args = (
+            f"interrupted after {done['images']:,} of {budget.images:,} images; the same command "
+            "goes on from the last checkpoint",
+        )
+        raise
+    finally:
+        bar.close()
     ema.copy_to(model.parameters())
     return model.eval()
+
+
+def draw_curve(log: Path, out: Path) -> None:
+    """A PNG of what `log` reports against images seen, a panel a quantity."""
+    from matplotlib.figure import Figure  # not at the top: training itself does without
+
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    known = ("held_out_loss", "fd_cifar", "test_accuracy")
+    names = [name for name in known if any(name in record for record in records)]
+    if not names:
+        return
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [(r["images"] / 1e6, r[name]) for r in records if name in r]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
+        axes.set(xlabel="images seen, millions", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=150)
 
 
 def timestep_quantiles(scheduler: DDPMScheduler, uniform: float, mean: float, std: float) -> Tensor:
@@ -187,7 +260,8 @@ def train_denoiser(
     images: Tensor,
     budget: Budget,
     out: Path,
-    on_save: Callable[[nn.Module, dict], dict] = lambda model, record: {},
+    on_save: Callable[[nn.Module], object] = lambda model: None,
+    report: Callable[[nn.Module], dict] = lambda model: {},
     device: str | torch.device = "cpu",
     uniform: float = 0.3,
     log_sigma_mean: float = -0.8,
@@ -206,18 +280,58 @@ def train_denoiser(
     def loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
         batch = len(indices)
         flips = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-        clean = images[indices].float() / 127.5 - 1
-        clean = F.pixel_unshuffle(torch.where(flips, clean.flip(-1), clean), patch)
+        clean = images[indices]
+        clean = torch.where(flips, clean.flip(-1), clean)
         strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = torch.searchsorted(cdf, strata.double()).clamp_max(len(cdf) - 1)
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        target = scheduler.get_velocity(clean, noise, timesteps)
-        noisy = noisy.to(device, memory_format=torch.channels_last)
-        prediction = model(noisy, timesteps.to(device)).sample
-        return F.mse_loss(prediction.float(), target.to(device))
+        return velocity_loss(model, scheduler, patch, clean, timesteps, generator, device)
 
-    return fit(unet, loss, len(images), budget, out, on_save, device)
+    return fit(unet, loss, len(images), budget, out, on_save, report, device)
+
+
+def velocity_loss(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    patch: int,
+    images: Tensor,
+    timesteps: Tensor,
+    generator: torch.Generator,
+    device: str | torch.device,
+) -> Tensor:
+    """Mean squared error in v for uint8 `images` (B, C, H, W) at `timesteps` (B,), a scalar.
+
+    Noise is drawn on the CPU, the same on every device.
+    """
+    clean = F.pixel_unshuffle(images.float() / 127.5 - 1, patch)
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    target = scheduler.get_velocity(clean, noise, timesteps).to(device)
+    noisy = noisy.to(device, memory_format=torch.channels_last)
+    return F.mse_loss(model(noisy, timesteps.to(device)).sample.float(), target)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    patch: int,
+    images: Tensor,
+    device: str | torch.device = "cpu",
+) -> float:
+    """Mean squared error in v on uint8 `images` (N, C, H, W), always with the same noise.
+
+    Timesteps are even over [0, T), one an image: a number to compare networks by, however they
+    were trained.
+    """
+    generator = torch.Generator().manual_seed(0)
+    T = scheduler.config.num_train_timesteps
+    timesteps = (torch.arange(len(images)) * T) // len(images)
+    timesteps = timesteps[torch.randperm(len(images), generator=generator)]
+    total = 0.0
+    for part, times in zip(images.split(100), timesteps.split(100), strict=True):
+        value = velocity_loss(model, scheduler, patch, part, times, generator, device)
+        total += len(part) * value.item()
+    return total / len(images)
 
 
 def train_classifier(
@@ -226,7 +340,8 @@ def train_classifier(
     labels: Tensor,
     budget: Budget,
     out: Path,
-    on_save: Callable[[nn.Module, dict], dict] = lambda model, record: {},
+    on_save: Callable[[nn.Module], object] = lambda model: None,
+    report: Callable[[nn.Module], dict] = lambda model: {},
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Train `network` (its `head` on its features) with flips, shifts and smoothed labels."""
@@ -244,18 +359,21 @@ def train_classifier(
         logits = model.head(model(view)).float()
         return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=0.1)
 
-    return fit(network, loss, len(images), budget, out, on_save, device)
+    return fit(network, loss, len(images), budget, out, on_save, report, device)
 
 
-def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, patch: int, count: int = 64) -> Tensor:
-    """Samples (count, C, H, W) in [-1, 1] of a 20-evaluation run, always from the same noise."""
+def sample(
+    unet: UNet2DModel, scheduler: DDPMScheduler, patch: int, count: int, batch_size: int = 100
+) -> Tensor:
+    """Samples (count, C, H, W) in about [-1, 1] of 20 evaluations, always from the same noise."""
+    network = pixel.SpaceToDepth(unet, patch)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.autocast(unet.device.type, torch.bfloat16):
-        return pixel.sample(
-            pixel.SpaceToDepth(unet, patch), solver, 20, F.pixel_shuffle(noise, patch)
-        )
+    shape = (network.config.in_channels, *network.config.sample_size)
+    parts = []
+    for seeds in torch.arange(count).split(batch_size):
+        noise, _ = pixel.draw_noise(seeds.tolist(), shape)
+        parts.append(pixel.sample(network, solver, 20, noise).cpu())
+    return torch.cat(parts)
 
 
 def half(network: ModelMixin) -> ModelMixin:
@@ -264,29 +382,41 @@ def half(network: ModelMixin) -> ModelMixin:
 
 
 def run_denoiser(cfg: DictConfig) -> None:
-    """Train the denoiser of `cfg`; `run_dir/model` is a diffusers pipeline folder at every save."""
+    """Train the denoiser of `cfg`; `run_dir/model` is a diffusers pipeline folder at every save.
+
+    Reported are the held-out loss (1,000 test images) and FD-CIFAR (1,000 images, 20 evaluations
+    of DPM-Solver++(2M)); `run_dir/grids` has 64 of those images.
+    """
     images, _ = cifar10.load("train", cfg.data.path, cfg.data.download)
+    test_images, _ = cifar10.load("test", cfg.data.path, cfg.data.download)
     out, device = Path(cfg.run_dir), use_device(cfg.device, cfg.threads)
+    metric = instantiate(cfg.fd_cifar).to(device)
     torch.manual_seed(0)
     unet, scheduler = instantiate(cfg.unet, _convert_="all"), instantiate(cfg.scheduler)
     patch = images.shape[-1] // unet.config.sample_size
 
-    def on_save(model: UNet2DModel, record: dict) -> dict:
-        grid = sample_grid(model, scheduler, patch)
-        (out / "grids").mkdir(exist_ok=True)
-        save_image(
-            grid.cpu() / 2 + 0.5, out / "grids" / f"{record['images']:09d}.png", nrow=8, padding=2
-        )
+    def on_save(model: UNet2DModel) -> None:
         pipeline = DDPMPipeline(half(model), scheduler)
         pipeline.save_pretrained(out / "model", max_shard_size=SHARD)
+
+    def report(model: UNet2DModel) -> dict:
+        samples = sample(model, scheduler, patch, cfg.report_images)
+        (out / "grids").mkdir(exist_ok=True)
+        name = f"{len(list((out / 'grids').iterdir())):04d}.png"
+        save_image(samples[:64] / 2 + 0.5, out / "grids" / name, nrow=8, padding=2)
+        metric.reset()
+        for part in pixel.to_uint8(samples).split(250):
+            metric.update(part.to(device))
+        loss = held_out_loss(model, scheduler, patch, test_images[:1000], device)
         return {
-            "sample_mean": round(grid.mean().item(), 3),
-            "sample_std": round(grid.std().item(), 3),
+            "held_out_loss": round(loss, 5),
+            "fd_cifar": round(metric.compute().item(), 3),
+            "sample_mean": round(samples.mean().item(), 3),
+            "sample_std": round(samples.std().item(), 3),
         }
 
-    train_denoiser(
-        unet, scheduler, images, Budget(**cfg.budget), out, on_save, device, **cfg.timesteps
-    )
+    budget = Budget(**cfg.budget)
+    train_denoiser(unet, scheduler, images, budget, out, on_save, report, device, **cfg.timesteps)
 
 
 def run_features(cfg: DictConfig) -> None:
@@ -297,14 +427,15 @@ def run_features(cfg: DictConfig) -> None:
     torch.manual_seed(0)
 
     @torch.no_grad()
-    def on_save(model: nn.Module, record: dict) -> dict:
+    def report(model: nn.Module) -> dict:
         right = 0
         for view, label in zip(test_images.split(500), test_labels.split(500), strict=True):
             right += (model.head(model(view.to(device))).argmax(1).cpu() == label).sum().item()
         return {"test_accuracy": right / len(test_labels)}
 
+    network = instantiate(cfg.network)
     network = train_classifier(
-        instantiate(cfg.network), images, labels, Budget(**cfg.budget), out, on_save, device
+        network, images, labels, Budget(**cfg.budget), out, report=report, device=device
     )
     half(network).save_pretrained(out / "model", max_shard_size=SHARD)
     # As it is read back: half precision has rounded the weights.
