@@ -269,7 +269,7 @@ def one_step(model: Gaussian, anchors: Tensor, g: Tensor, corrected: Tensor, **o
     times = [900.0, 700.0, 300.0][-anchors.shape[1] - 1 :]
     before = [u.view(shape) for u in anchors.T]
     damping = options.get("damping", 1.0)
-    corrections = [Correction(u, u, (), damping) for u in before]
+    corrections = [Correction(u, u, tuple(before[:k]), damping) for k, u in enumerate(before)]
     corrections.append(Correction(g.view(shape), corrected.view(shape), tuple(before), damping))
     trajectory = Trajectory([(t, x) for t in times], corrections)
     return Replay(model, scheduler, times, 1, [trajectory])
