@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny_pipelines
 import torch
@@ -158,6 +160,8 @@ def test_a_pipeline_keeps_its_lml_scheduler_on_disk(stable_diffusion, tmp_path):
     )
     expected = sample(pipe, prompt="a cat")
     pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["lml.schedulers", "LMLUniPCMultistepScheduler"]
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is schedulers.LMLUniPCMultistepScheduler
     assert (loaded.scheduler.correction.rank, loaded.scheduler.correction.damping) == (3, 4.0)

@@ -257,7 +257,7 @@ def test_a_solver_is_told_by_its_options():
     other = options("unipc").replace('"solver_order":3', '"solver_order":2')
     assert labels.solver_label("unipc", other) == "unipc, solver_order=2"
     assert labels.solver_label("of_a_plugin", "{}") == "of_a_plugin"
-    name = "lml.released.ReleasedDPMSolverMultistepScheduler"  # on top of dpmsolver
+    name = "lml.schedulers.released.ReleasedDPMSolverMultistepScheduler"  # on top of dpmsolver
     released = options("dpmsolver").replace("lml.schedulers.LMLDPMSolverMultistepScheduler", name)
     assert labels.solver_label("dpmsolver_released", released) == "dpmsolver_released"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lml import schedulers
 from lml.exact import Gaussian
-from lml.ipndm import DiscreteIPNDMScheduler
+from lml.schedulers.ipndm import DiscreteIPNDMScheduler
 
 # diffusers means to drop algorithm_type="dpmsolver", and says so at every construction
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from lml.correction import LMLCorrection
-from lml.released import ReleasedCorrection, ReleasedDDIMScheduler
+from lml.schedulers.released import ReleasedCorrection, ReleasedDDIMScheduler
 
 OPTIONS = {"rank": 1, "damping_scale": "absolute", "anchor": "ema"}
 

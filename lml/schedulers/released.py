@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# A pipeline that holds one of these classes finds its loader by this name in this module.
+from diffusers import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
-from lml import schedulers
 from lml.correction import LMLCorrection
+from lml.schedulers.solvers import LMLDDIMScheduler, LMLDPMSolverMultistepScheduler
 
 
 class ReleasedCorrection(LMLCorrection):
@@ -48,14 +50,14 @@ class ReleasedCorrection(LMLCorrection):
         return d * square.sqrt() / (d * d).sum(axes, keepdim=True).sqrt()
 
 
-class ReleasedDDIMScheduler(schedulers.LMLDDIMScheduler):
+class ReleasedDDIMScheduler(LMLDDIMScheduler):
     """The authors' `ddim_lm`, with target=direction."""
 
     correction_class = ReleasedCorrection
     may_diverge = True
 
 
-class ReleasedDPMSolverMultistepScheduler(schedulers.LMLDPMSolverMultistepScheduler):
+class ReleasedDPMSolverMultistepScheduler(LMLDPMSolverMultistepScheduler):
     """The authors' `dpm_lm`, with target=increment."""
 
     correction_class = ReleasedCorrection

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from lml.prediction import change_noise
+from lml.schedulers.prediction import change_noise
 
 # Adams-Bashforth, the newest first, of as many as there are.
 WEIGHTS = (

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
-from lml.ipndm import WEIGHTS, DiscreteIPNDMScheduler
 from lml.schedulers import LMLDiscreteIPNDMScheduler
+from lml.schedulers.ipndm import WEIGHTS, DiscreteIPNDMScheduler
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 

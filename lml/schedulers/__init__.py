@@ -1,0 +1,45 @@
+"""Diffusers' schedulers with LML inside: `LML` before diffusers' own name.
+
+pipe.scheduler = LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.config, rank=2)
+"""
+
+# A pipeline that holds one of these classes finds its loader by this name in this module.
+from diffusers import SchedulerMixin as SchedulerMixin
+
+from lml.schedulers.mixin import EVEN_IN_LOG_SNR, OPTIONS, PARAMETERS, LMLSchedulerMixin
+from lml.schedulers.solvers import (
+    LMLDDIMScheduler,
+    LMLDEISMultistepScheduler,
+    LMLDiscreteIPNDMScheduler,
+    LMLDPMSolverMultistepScheduler,
+    LMLDPMSolverSinglestepScheduler,
+    LMLEulerDiscreteScheduler,
+    LMLFlowMatchEulerDiscreteScheduler,
+    LMLHeunDiscreteScheduler,
+    LMLIPNDMScheduler,
+    LMLPNDMScheduler,
+    LMLUniPCMultistepScheduler,
+)
+
+__all__ = [
+    "EVEN_IN_LOG_SNR",
+    "OPTIONS",
+    "PARAMETERS",
+    "LMLDDIMScheduler",
+    "LMLDEISMultistepScheduler",
+    "LMLDPMSolverMultistepScheduler",
+    "LMLDPMSolverSinglestepScheduler",
+    "LMLDiscreteIPNDMScheduler",
+    "LMLEulerDiscreteScheduler",
+    "LMLFlowMatchEulerDiscreteScheduler",
+    "LMLHeunDiscreteScheduler",
+    "LMLIPNDMScheduler",
+    "LMLPNDMScheduler",
+    "LMLSchedulerMixin",
+    "LMLUniPCMultistepScheduler",
+]
+
+# Saved pipelines and pickles name a class by its module: the public one, wherever the file is.
+for _name in __all__:
+    if isinstance(_member := globals()[_name], type):
+        _member.__module__ = __name__
