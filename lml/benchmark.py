@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,6 @@ import numpy as np
 import torch
 import torch_fidelity
 from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
@@ -34,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lml import runner
+from lml.configs import compose
 from lml.correction import LMLCorrection, default_damping
 from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
@@ -325,11 +324,7 @@ def run_config(model: DictConfig | None, arguments: Sequence[str]) -> Iterator[D
     """scripts/sample.py's configuration with these arguments, a model, and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*arguments, f"run_dir={folder}/run", "progress=false"]
-        # A Hydra script that called this has told Hydra already where the configs are.
-        ready = GlobalHydra.instance().is_initialized()
-        configs = str(ROOT / "configs")
-        with nullcontext() if ready else initialize_config_dir(configs, version_base=None):
-            config = compose("sample", arguments)
+        config = compose(*arguments, config="sample")
         if model is not None:
             config.model = model
         yield config
@@ -410,7 +405,7 @@ def evaluator_speed(num_images: int, turns: int) -> list[Row]:
         def ours(names: Sequence[str], images: str = "images") -> dict[str, Any]:
             configs = {}
             for name in names:
-                config = OmegaConf.load(ROOT / f"configs/metrics/{name}.yaml")[name]
+                config = compose(f"+metrics={name}").metrics[name]
                 configs[name] = {**config, "weights": str(weights)}
                 if "reference" in config:
                     configs[name]["reference"] = str(reference)

@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import make_grid
 
 from lml import __version__
+from lml.configs import compose
 from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
 from lml.data.images import LATENTS, read
@@ -155,8 +156,8 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
 
 
 def _fitting_grids(known: set[str]) -> list[str]:
-    files = sorted((ROOT / "configs/grid").glob("*.yaml"))
-    return [file.stem for file in files if set(OmegaConf.load(file)) - {"name"} <= known]
+    names = sorted(file.stem for file in (ROOT / "configs/grid").glob("*.yaml"))
+    return [name for name in names if set(compose(f"+grid={name}").grid) - {"name"} <= known]
 
 
 def choose_prompts(cfg: Mapping[str, Any], model: Model) -> prompt_sets.PromptSet | None:
@@ -375,7 +376,7 @@ def reference_run(
         "name": "reference",
         "run_dir": None,
         "overwrite": False,
-        "solver": OmegaConf.to_container(OmegaConf.load(folder / f"{solver}.yaml")),
+        "solver": OmegaConf.to_container(compose(f"+solver={solver}").solver),
         "grid": {},
         "lml": {"rank": 0},
         "nfe": nfe,

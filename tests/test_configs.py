@@ -12,7 +12,7 @@ from hydra.utils import get_class, get_method
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lml import runner
+from lml import configs, runner
 from lml.data import cifar10
 from lml.errors import UserError
 from lml.pipelines import pixel
@@ -43,6 +43,26 @@ def test_groups_that_are_offered_are_those_of_the_defaults():
         assert cfg[group]
     assert list(cfg["metrics"]) == ["fd_cifar"]
     assert cfg["lml"]["rank"] > 0 and cfg["nfe"] == 10 and cfg["num_images"] == 64
+
+
+GROUPS = ("solver", "grid", "lml", "metrics", "prompts", "logger")
+
+
+@pytest.mark.parametrize("option", [f"{group}={n}" for group in GROUPS for n in names(group)])
+def test_an_option_by_itself_is_what_the_command_line_makes_of_it(option):
+    group = option.split("=")[0]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        whole = OmegaConf.to_container(compose("sample", [option]))
+    alone = OmegaConf.to_container(configs.compose(f"+{option}"))
+    assert alone.setdefault(group, {}) == whole[group]
+    assert alone == {key: whole[key] for key in alone}
+
+
+def test_configs_are_composed_in_one_way():
+    """A file that is read by itself has lost its `defaults:`; a run's is complete."""
+    files = (file for file in Path(runner.__file__).parent.rglob("*.py"))
+    reading = [file.name for file in files if "OmegaConf.load(" in file.read_text()]
+    assert reading == ["store.py"]
 
 
 @pytest.mark.parametrize("solver", names("solver"))

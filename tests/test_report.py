@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lml import report, store
+from lml import configs, report, store
 from lml.data.assets import ROOT
 from lml.report import figures, labels, results, tables
 from lml.report.results import Cell, Result
@@ -262,19 +262,25 @@ def test_a_solver_is_told_by_its_options():
     assert labels.solver_label("dpmsolver_released", released) == "dpmsolver_released"
 
 
+def forget():
+    labels.lml_label.cache_clear()
+    labels._option.cache_clear()
+
+
 def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "ROOT", tmp_path)
+    for module in (labels, configs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "configs/lml").mkdir(parents=True)
     for name in labels.PRESETS:
         changed = {**DEFAULT, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
         OmegaConf.save(changed, tmp_path / f"configs/lml/{name}.yaml")
-    labels.lml_label.cache_clear()
+    forget()
     try:
         options = store.canonical({**DEFAULT, "damping": 8})
         assert labels.lml_label(options, "ddim", 8) == "default"
         assert labels.lml_label(store.canonical(DEFAULT), "ddim", 9) == "damping=None"
     finally:
-        labels.lml_label.cache_clear()
+        forget()
 
 
 def test_rows_are_in_an_order_that_is_read():

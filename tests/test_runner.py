@@ -426,6 +426,25 @@ def test_a_reference_run_is_made_once_and_without_lml(script, toy, tmp_path, mon
     assert len(list((tmp_path / "outputs/reference").iterdir())) == 1
 
 
+@pytest.mark.parametrize("solver", ["dpmsolver_released", "ddim_released", "unipc"])
+@pytest.mark.parametrize("tool", ["sample", "evaluate"])
+def test_the_solver_of_a_reference_is_what_the_command_line_makes_of_its_name(
+    script, toy, tmp_path, tool, solver
+):
+    """A sweep that is scored, and a run that is scored later."""
+    options = ["metrics.convergence.nfe=8", f"metrics.convergence.solver={solver}"]
+    assert script("sample", *toy, "run_dir=run").code == 0
+    run = [*toy, "run_dir=run"] if tool == "sample" else ["run_dir=run", "threads=1"]
+    outcome = script(tool, *run, "metrics=convergence", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    (reference,) = (tmp_path / "outputs/reference").iterdir()
+    made = runner.read_config(reference)
+    fine = [*toy, f"solver={solver}", "nfe=8", "lml=off", "run_dir=fine"]
+    assert script("sample", *fine).code == 0
+    asked = runner.read_config(tmp_path / "fine")
+    assert made["solver"] == asked["solver"] and made["settings"] == asked["settings"]
+
+
 def test_a_reference_that_another_process_is_making_is_waited_for(script, toy, tmp_path):
     """As in a sweep whose jobs run side by side; a run itself is still refused."""
     metric = ["metrics=[convergence]", "metrics.convergence.nfe=20"]

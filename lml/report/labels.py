@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lml.configs import compose
 from lml.data.assets import ROOT
 from lml.store import canonical
 
@@ -34,34 +35,29 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
 
 
 def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
-    config = _load(f"lml/{name}")
-    config = config if "lml" in config else {"lml": config}
     # what it refers to: the published target is the solver's, its damping that of the evaluations
-    around = {**config, "solver": _load(f"solver/{solver}"), "nfe": nfe}
-    return OmegaConf.to_container(OmegaConf.create(around), resolve=True)["lml"]
+    around = {"solver": {}, **_option("solver", solver), "nfe": nfe}
+    cfg = OmegaConf.create({**_option("lml", name), **around})
+    return OmegaConf.to_container(cfg.lml, resolve=True)
 
 
 @functools.cache
 def solver_label(name: str, options: str) -> str:
     """The solver's name, and which of its `options` (scheduler and step, as JSON) are its own."""
-    config = _load(f"solver/{name}")
-    if not config:
+    config = _option("solver", name).get("solver")
+    if config is None:
         return name
     ours = json.loads(options)
     scheduler, step = (_changes(ours[k], config.get(k) or {}) for k in ("scheduler", "step"))
     return ", ".join([name, *scheduler, *step])
 
 
-def _load(name: str) -> dict[str, Any]:
-    file = ROOT / "configs" / f"{name}.yaml"
-    if not file.is_file():
+@functools.cache
+def _option(group: str, name: str) -> dict[str, Any]:
+    """What the option adds to a config, not resolved; nothing where the group has none such."""
+    if not (ROOT / "configs" / group / f"{name}.yaml").is_file():
         return {}
-    config = OmegaConf.load(file)
-    bases = [base for base in config.pop("defaults", []) if base != "_self_"]
-    group = name.rpartition("/")[0]
-    return OmegaConf.to_container(
-        OmegaConf.merge(*(_load(f"{group}/{base}") for base in bases), config)
-    )
+    return OmegaConf.to_container(compose(f"+{group}={name}"))
 
 
 def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
