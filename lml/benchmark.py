@@ -41,6 +41,7 @@ from lml.errors import UserError
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
+from lml.store import check_output
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -472,6 +473,8 @@ def benchmark(cfg: DictConfig) -> list[Row]:
     for setting in cfg.settings:
         if setting not in SETTINGS:
             raise UserError(f"settings={setting}: one of {', '.join(SETTINGS)} is asked")
+    if cfg.out is not None:
+        check_output(cfg.out, "out")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     load = os.getloadavg()[0]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
+METHOD_VERSION = 1  # raised when LML's numbers change: it is part of what names a run
 
 BLOCK = 5 * 2**18  # bytes of direction and anchors taken at a time: near the cache, little memory
 ROUNDING = 500  # machine epsilons of |u|^2: a smaller damping drowns in U^T U's rounding

@@ -34,6 +34,7 @@ from torchvision.utils import make_grid
 
 from lml import __version__
 from lml.configs import compose
+from lml.correction import METHOD_VERSION
 from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
 from lml.data.images import LATENTS, read
@@ -51,6 +52,8 @@ from lml.store import (
     RunFolder,
     Writer,
     canonical,
+    check_output,
+    differences,
     merge_json,
     read_config,
     read_json,
@@ -220,6 +223,7 @@ def determine(
             lml = {**lml, "damping": list(scheduler.dampings), "damping_scale": scale}
         except ValueError as error:  # a list for another number of steps
             raise UserError(f"lml.{error}") from None
+        optional["method_version"] = METHOD_VERSION
     return {
         "model": model.settings,
         "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
@@ -298,9 +302,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             again = partial(replay, config, device)
             context = Context(reference, device, prompts=texts, replay=again)
             results = evaluate(folder.images, metrics, context=context)
-            for name, result in results.items():
-                result["config_sha256"] = settings_hash(config["metrics"][name])
-            _keep(results, folder.path / "metrics.json", folder.hash, observer)
+            _keep(results, folder.path / "metrics.json", observer, config["metrics"], folder.hash)
     return folder.path
 
 
@@ -309,7 +311,7 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
     results = read_json(folder.path / "metrics.json")
     for name, config in metrics.items():
         digest = settings_hash(config)
-        # What scripts/evaluate.py scored does not say how it was asked for.
+        # What older versions of scripts/evaluate.py scored does not say how it was asked for.
         if name not in results or results[name].get("config_sha256", digest) != digest:
             return False
     return bool(folder.read_manifest().get("complete"))
@@ -328,29 +330,48 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     if run_dir is not None:
         images = Path(run_dir) / "images"
         latents = (Path(run_dir) / LATENTS).is_dir()
-        reference = partial(reference_run, read_config(run_dir), device, observer, latents=latents)
-        again = partial(replay, read_config(run_dir), device)
+        made = {**read_config(run_dir), "run_dir": run_dir}
+        reference = partial(reference_run, made, device, observer, latents=latents)
+        again = partial(replay, made, device)
         manifest = read_json(Path(run_dir) / "manifest.json")
         if not manifest.get("complete"):
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
-    out = Path(out) if out else Path(run_dir or images) / "metrics.json"
+    if run_dir is not None:
+        default = Path(run_dir) / "metrics.json"
+    else:
+        # Not among the images: a run, and what is exported of it, refuse files that aren't theirs.
+        folder = Path(os.path.abspath(images))
+        default = folder.parent / f"{folder.name}.metrics.json"
+    out = Path(out) if out else default
+    if run_dir is None or out.resolve() != default.resolve():
+        check_output(out, "out")
     if Path(images).is_dir() and not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: {out.parent} cannot be written to; give out=FILE elsewhere")
     with joined():
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts, again)
         results = evaluate(images, config["metrics"], context=context)
-        _keep(results, out, manifest.get("settings_sha256"), observer)
+        _keep(results, out, observer, config["metrics"], manifest.get("settings_sha256"))
     return out
 
 
-def _keep(results: Mapping[str, dict], path: Path, run: str | None, observer: Observer) -> None:
-    """Say the results and add them to a JSON file, those of a run sealed with its hash."""
+def _keep(
+    results: Mapping[str, dict],
+    path: Path,
+    observer: Observer,
+    metrics: Mapping[str, Any],
+    run: str | None,
+) -> None:
+    """Say the results of the config `metrics` and add them to a JSON file.
+
+    Those of a run say how they were asked for, and are sealed with its hash.
+    """
     observer.scored(results)  # first: should the disk be full, they have been seen
     if run is not None:
-        results = {name: sealed(entry, run, name) for name, entry in results.items()}
+        asked = {name: {"config_sha256": settings_hash(metrics[name])} for name in results}
+        results = {name: sealed(entry | asked[name], run, name) for name, entry in results.items()}
     on_first(lambda: merge_json(path, results))
 
 
@@ -389,9 +410,14 @@ def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Repla
     """The first `count` samples of the run `config` again: same noise, solver and LML, not stored.
 
     In batches of the run's size, so that with `count` below it numbers may differ by rounding.
+    UserError for a run on the disk that would now come out differently.
     """
     model = find(config["model"])
     planned = plan(config, model, choose_prompts(config, model))
+    settings = planned.folder.settings
+    if found := differences(settings, config.get("settings", settings)):
+        path, reason = planned.folder.path, "; ".join(found[:2])
+        raise UserError(f"run_dir={path}: its images can't be made again now ({reason})")
     share, scheduler = Share(config, device, **vars(planned), stored=set()), planned.scheduler
     sampler = share.sampler()
 

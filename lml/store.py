@@ -36,6 +36,10 @@ from lml.files import file_hash
 
 IMAGE = re.compile(r"\d{6,}\.png")
 SEAL = "lml-seal"
+# What a run's folder holds beside its configuration, its images and their latents.
+WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
+# What scripts/evaluate.py says of the images as a plain folder.
+APART = "images.metrics.json"
 
 
 class RunError(UserError):
@@ -116,6 +120,24 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
     return found
 
 
+def check_output(path: str | Path, key: str) -> None:
+    """UserError where what is written to `path` would be among a run's own files.
+
+    A run refuses images that aren't its own. `key` is what the user gave the path as.
+    """
+    absolute = Path(path).resolve()
+    for folder in absolute.parents:
+        name = absolute.relative_to(folder).parts[0]
+        if name not in (*WRITTEN, "config.yaml", "images", LATENTS):
+            continue
+        with contextlib.suppress(UserError):
+            read_config(folder)
+            break
+    else:
+        return
+    raise UserError(f"{key}={path}: among the files of the run in {folder}; choose another place")
+
+
 class RunFolder:
     """One run's folder. `settings` determine the images; `hash` is theirs, and seals each image.
 
@@ -133,16 +155,18 @@ class RunFolder:
         """Make the folder, or go on with the run in it, and lock it until `close`.
 
         `config` is written as config.yaml unless it is there. With `wait`, another process that
-        writes to the folder is let finish. Raises UserError for a folder that
-        holds another run (with `overwrite`, what that run wrote is removed), for one that is no
-        run's, for one in use and for one that cannot be written to.
+        writes to the folder is let finish. With `overwrite`, what a run wrote there is removed,
+        also if it was this one. Raises UserError for a folder that holds another run, for one that
+        is no run's, for one among a run's images, for one in use and for one that cannot be written
+        to.
         """
+        check_output(self.path, "run_dir")
         self._check(overwrite)
         text = OmegaConf.to_yaml({**config, "settings": dict(self.settings)})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=-1 if wait else 0)
-            if not self._check(overwrite):
+            if not self._check(overwrite) or overwrite:
                 self._clear()
                 write_atomic(self.path / "config.yaml", text)
             self.images.mkdir(exist_ok=True)
@@ -180,8 +204,7 @@ class RunFolder:
         for file in self.images.glob("*.png"):
             if IMAGE.fullmatch(file.name):
                 file.unlink()
-        written = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
-        for name in written:
+        for name in (*WRITTEN, APART):
             (self.path / name).unlink(missing_ok=True)
         for file in (self.path / LATENTS).glob("*.npy"):
             file.unlink()

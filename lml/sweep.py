@@ -110,7 +110,8 @@ class Cell:
     @property
     def images_to_make(self) -> int:
         """How many are not stored, by their files alone."""
-        stored = sum(1 for _ in self.plan.folder.images.glob("*.png"))
+        images = () if self.config["overwrite"] else self.plan.folder.images.glob("*.png")
+        stored = sum(1 for _ in images)
         return max(0, self.config["num_images"] - stored)
 
     def entry(self) -> dict[str, Any]:
@@ -236,7 +237,8 @@ class Sweep:
                 model = find(config["model"])
                 self._found[key] = model, runner.choose_prompts(config, model)
             plan = runner.plan(config, *self._found[key])
-            if runner.is_finished(plan.folder, config["metrics"]):
+            finished = runner.is_finished(plan.folder, config["metrics"])
+            if finished and not config["overwrite"]:
                 cell.status, cell.value = DONE, read_objective(config, plan.folder.path)
             cell.plan = plan
         except UserError as error:

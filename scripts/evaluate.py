@@ -1,6 +1,7 @@
 """Score images: `python scripts/evaluate.py run_dir=FOLDER` or `images=FOLDER`, `[metrics=...]`.
 
-Prints the values and adds them to metrics.json beside the images, or to `out=FILE`.
+Prints the values and adds them to `out=FILE`: by default to metrics.json in the run's folder, or to
+FOLDER.metrics.json beside a folder of images.
 """
 
 import sys

@@ -19,7 +19,9 @@ from lml.cli import main
 @main("train")
 def train(cfg: DictConfig) -> None:
     from lml import training
+    from lml.store import check_output
 
+    check_output(cfg.run_dir, "run_dir")
     {"denoiser": training.run_denoiser, "features": training.run_features}[cfg.task](cfg)
 
 

@@ -234,6 +234,7 @@ def test_markdown_and_csv_have_all_of_it():
         ({"rank": 2.0}, "default"),  # a number is a number
         ({"rank": 3, "damping": 16.0}, "rank=3, damping=16"),
         ({"target": "increment"}, "target=increment"),
+        ({"damping": [0.5, None, 16.0]}, "damping=[0.5, None, 16]"),
     ],
 )
 def test_labels_of_what_differs_from_the_default(changes, label):
@@ -286,6 +287,27 @@ def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
 def test_rows_are_in_an_order_that_is_read():
     names = ["off", "published", "default", "rank=2, damping=8", "rank=2, damping=16", "rank=10"]
     assert sorted(reversed(names), key=labels.order) == names
+
+
+@pytest.mark.parametrize(
+    ("version", "label"),
+    [
+        ({}, "default"),
+        ({"method_version": 1}, "default"),
+        ({"method_version": 2}, "default, method 2"),
+        ({"method_version": 2, "damping": 8.0}, "damping=8, method 2"),
+        ({"method_version": 2, "rank": 0}, "off"),
+    ],
+)
+def test_another_version_of_the_method_is_another_setting(monkeypatch, version, label):
+    """Runs that do not say theirs are from before there was another."""
+    monkeypatch.setattr(labels, "METHOD_VERSION", 1)
+    forget()
+    assert labels.lml_label(store.canonical({**DEFAULT, **version}), "ddim", 5) == label
+    monkeypatch.setattr(labels, "METHOD_VERSION", 2)
+    forget()
+    assert (labels.lml_label(store.canonical(DEFAULT), "ddim", 5)) == "default, method 1"
+    forget()
 
 
 # --- run folders, seals, results.csv -----------------------------------------------------------
@@ -357,6 +379,46 @@ def test_an_edited_value_is_said_and_not_used(make_run, tabulate, tmp_path):
     assert f"- {line}" in text
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert [(row["run"], row["value"]) for row in rows] == [(good.name, "2.0")]
+
+
+def test_every_kind_of_damping_is_tabulated(make_run, tabulate):
+    """None given, a number, one a step, or none because LML is off."""
+    make_run("off", value=3.0)
+    make_run("default", value=2.0)
+    make_run({"damping": [8.0, None, 2, 0.5, 1]}, value=1.0)
+    for rank, damping in ((1, 4.0), (2, 8.0), (1, 8.0)):
+        make_run({"rank": rank, "damping": damping}, value=1.5)
+    out, said = tabulate()
+    assert said == ""
+    text = (out / "fd.md").read_text()
+    assert line_of(text, "default", "2.000 (-33.3 %)")
+    assert line_of(text, "damping=[8, None, 2, 0.5, 1]", "1.000 (-66.7 %)")
+    assert line_of(text, "rank=1, damping=4", "1.500 (-50.0 %)")
+    assert (out / "fd_map.png").is_file()  # of those that are numbers
+
+
+def test_versions_of_the_method_are_not_averaged(make_run, tabulate):
+    ours, other = labels.METHOD_VERSION, labels.METHOD_VERSION + 1
+    make_run("off", value=3.0)
+    for version, value in ((ours, 1.0), (other, 2.0)):
+        make_run("default", value=value, method_version=version)
+    out, said = tabulate()
+    text = (out / "fd.md").read_text()
+    assert said == "" and "several runs" not in text
+    assert line_of(text, "default", "1.000 (-66.7 %)")
+    assert line_of(text, f"default, method {other}", "2.000 (-33.3 %)")
+
+
+@pytest.mark.parametrize(
+    "study", sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))
+)
+def test_committed_results_are_read_and_named(study):
+    """They name runs as these were named then."""
+    said = []
+    found = results.from_csv(ROOT / "experiments" / study / "results.csv", [], said.append)
+    assert found and said == []
+    names = {tables.row_of(result).lml for result in found}
+    assert not any("unset" in name for name in names)
 
 
 def test_an_entry_of_another_run_or_metric_is_noticed(make_run, tabulate):

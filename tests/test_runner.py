@@ -491,6 +491,124 @@ def test_evaluate_scores_a_run_and_a_plain_folder(script, toy, finished, tmp_pat
     assert scores["convergence"]["value"] == in_run
 
 
+@pytest.mark.parametrize("images", ["finished/images", "finished/images/", "link"])
+def test_a_run_goes_on_after_its_images_were_scored(script, toy, finished, tmp_path, images):
+    """What is scored as a plain folder stays what it is: images alone."""
+    (tmp_path / "link").symlink_to(finished / "images")
+    convergence = ["metrics=convergence", "metrics.convergence.reference=finished/images"]
+    outcome = script("evaluate", f"images={images}", *convergence, "threads=1")
+    assert (outcome.code, outcome.err) == (0, "")
+    scores = tmp_path / ("link" if images == "link" else "finished/images")
+    scores = json.loads(scores.with_name(f"{scores.name}.metrics.json").read_text())
+    assert scores["convergence"]["value"]["rmse"] == 0
+    assert set(contents(finished / "images")) == {f"{i:06d}.png" for i in range(10)}
+    outcome = script("sample", *toy, "run_dir=finished")
+    assert (outcome.code, outcome.err) == (0, "")
+    # ... and goes when the images do
+    assert script("sample", *toy, "run_dir=finished", "overwrite=true").code == 0
+    assert not (finished / "images.metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("evaluate", ["images=finished/images", "out=finished/images/scores.json"]),
+        ("evaluate", ["run_dir=finished", "out=finished/images/scores.json"]),
+        ("evaluate", ["run_dir=finished", "out=finished/images/000001.png"]),
+        ("evaluate", ["run_dir=finished", "out=finished/config.yaml"]),
+        # a score of a plain folder has no seal
+        ("evaluate", ["images=finished/images", "out=finished/metrics.json"]),
+        ("export", ["layout=t2i_compbench", "run_dir=finished", "out=finished/images"]),
+        ("export", ["layout=t2i_compbench", "run_dir=finished", "out=finished/images/new"]),
+        ("tabulate", ["experiment=table1_cifar10", "out=finished/images"]),
+        ("benchmark", ["parts=[]", "out=finished/images/ratios.json"]),
+        ("train", ["run_dir=finished/images/model", "budget.minutes=0.001"]),
+        ("sample", ["model=gaussian", "metrics=none", "run_dir=finished/images/new"]),
+    ],
+)
+def test_no_tool_writes_among_a_runs_files(script, finished, tool, arguments):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    outcome = script(tool, *arguments)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome
+    key = "run_dir" if tool in ("train", "sample") else "out"
+    assert re.match(rf"{key}=finished/.*: among the files of the run in .*/finished; ", outcome.err)
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+# --- what names a run --------------------------------------------------------------------------
+
+
+def raise_version(monkeypatch):
+    monkeypatch.setattr(runner, "METHOD_VERSION", runner.METHOD_VERSION + 1)
+
+
+def forget_version(monkeypatch):
+    """A run as it was named before there were versions."""
+    determine = runner.determine
+
+    def older(*args):
+        return {k: v for k, v in determine(*args).items() if k != "method_version"}
+
+    monkeypatch.setattr(runner, "determine", older)
+
+
+@pytest.mark.parametrize("change", [raise_version, forget_version])
+def test_a_run_of_another_version_of_the_method_is_another_run(
+    script, toy, tmp_path, monkeypatch, change
+):
+    with monkeypatch.context() as patch:
+        change(patch)
+        for options in ([], ["lml=off"]):
+            assert script("sample", *toy, *options, "name=study").code == 0
+        assert script("sample", *toy, "run_dir=run").code == 0
+    calls = evaluations(monkeypatch)
+    outcome = script("sample", *toy, "run_dir=run")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and not calls
+    assert "method_version=" in outcome.err and "overwrite=true" in outcome.err
+    outcome = script("sample", *toy, "lml=off", "name=study")
+    assert (outcome.code, outcome.err, calls) == (0, "", [])
+    outcome = script("sample", *toy, "name=study")
+    assert (outcome.code, outcome.err, sum(calls)) == (0, "", 10 * 4)
+    assert len(list((tmp_path / "outputs/study").glob("*/manifest.json"))) == 3
+    # Its images are still images. What needs their way again is refused.
+    scored = ["metrics=convergence", "metrics.convergence.reference=run/images", "threads=1"]
+    outcome = script("evaluate", "run_dir=run", *scored)
+    assert (outcome.code, outcome.err) == (0, "")
+    outcome = script("evaluate", "run_dir=run", "metrics=correction_cosine", "threads=1")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith("run_dir=run: its images can't be made again now (method_ver")
+    assert script("sample", *toy, "run_dir=run", "overwrite=true").code == 0
+    assert script("evaluate", "run_dir=run", "metrics=correction_cosine", "threads=1").code == 0
+
+
+def test_overwriting_makes_a_finished_run_again(script, toy, finished, monkeypatch):
+    before = contents(finished / "images")
+    calls = evaluations(monkeypatch)
+    for _ in range(2):
+        outcome = script("sample", *toy, "run_dir=finished", "overwrite=true")
+        assert (outcome.code, outcome.err, sum(calls)) == (0, "", 10 * 4)
+        assert "images/s" in outcome.out and contents(finished / "images") == before
+        calls.clear()
+
+
+def test_a_score_of_other_options_is_not_the_one_that_is_asked_for(script, toy, tmp_path):
+    """Whichever tool made it."""
+    asked = ["metrics=convergence", "metrics.convergence.nfe=6"]
+    assert script("sample", *toy, *asked, "run_dir=run").code == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    folder = runner.RunFolder(tmp_path / "run", runner.read_config("run")["settings"])
+    config = runner.read_config("run")["metrics"]
+    assert runner.is_finished(folder, config)
+    assert script("evaluate", "run_dir=run", *asked, "threads=1").code == 0
+    again = json.loads((tmp_path / "run/metrics.json").read_text())
+    again["convergence"]["seconds"] = metrics["convergence"]["seconds"]
+    again["convergence"]["seal"] = metrics["convergence"]["seal"]
+    assert again == metrics and runner.is_finished(folder, config)
+    other = ["metrics=convergence", "metrics.convergence.nfe=8"]
+    assert script("evaluate", "run_dir=run", *other, "threads=1").code == 0
+    assert not runner.is_finished(folder, config)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler on the path")
 def test_compile_makes_nearly_the_same_images(script, toy, finished, tmp_path):
     outcome = script("sample", *toy, "compile=true", "num_images=4", "run_dir=run")

@@ -132,8 +132,34 @@ def test_the_same_settings_go_on_and_leave_the_folder_as_it_was(tmp_path):
     folder.close()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again = RunFolder(tmp_path, SETTINGS)
-    again.open({"nfe": 10, "device": "another"}, overwrite=True)
+    again.open({"nfe": 10, "device": "another"})
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_overwriting_removes_what_a_run_of_the_same_settings_wrote(tmp_path):
+    folder = make(tmp_path)
+    folder.write_manifest(4)
+    folder.close()
+    for name in (*store.WRITTEN, store.APART, "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    again = RunFolder(tmp_path, SETTINGS)
+    again.open({"nfe": 10, "device": "another"}, overwrite=True)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".lock", "config.yaml", "notes.txt"]
+    assert store.read_config(tmp_path)["device"] == "another"
+
+
+@pytest.mark.parametrize("name", ["images", "images/new", "latents/new", "config.yaml", "grid.png"])
+def test_nothing_is_written_among_a_runs_own_files(tmp_path, name):
+    make(tmp_path / "run").close()
+    path = tmp_path / "run" / name
+    with pytest.raises(UserError, match=f"^out={path}: among the files of the run in .*/run; "):
+        store.check_output(path, "out")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(UserError):
+        store.check_output(tmp_path / "link" / name, "out")
+    for other in ("run", "run/scores.json", "other/images/scores.json", f"other/{name}"):
+        store.check_output(tmp_path / other, "out")
 
 
 def test_other_settings_are_refused_by_name_and_overwritten_on_demand(tmp_path):
@@ -171,10 +197,11 @@ def test_a_kill_at_any_point_of_opening_leaves_a_folder_that_opens(tmp_path, mon
     class Killed(BaseException):
         pass
 
-    for path, others in ((tmp_path / "new", False), (tmp_path / "old", True)):
+    before = {"new": None, "other": {**SETTINGS, "nfe": 11}, "same": SETTINGS}
+    for path, others in ((tmp_path / name, settings) for name, settings in before.items()):
         for stop in range(8):
             if others:
-                make(path, 2, {**SETTINGS, "nfe": 11}).close()
+                make(path, 2, others).close()
             calls = iter(range(100))
 
             def dying(function, calls=calls, stop=stop):
@@ -191,10 +218,10 @@ def test_a_kill_at_any_point_of_opening_leaves_a_folder_that_opens(tmp_path, mon
                     patch.setattr(Path, name, dying(getattr(Path, name)))
                 patch.setattr(os, "replace", dying(os.replace))
                 with contextlib.suppress(Killed):
-                    folder.open({}, overwrite=others)
+                    folder.open({}, overwrite=bool(others))
             folder.close()
             again = RunFolder(path, SETTINGS)
-            again.open({}, overwrite=others)
+            again.open({}, overwrite=bool(others))
             assert again.survey(2) == (set(), [])
             assert not list(path.rglob(".*.tmp"))
             again.close()

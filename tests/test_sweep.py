@@ -196,6 +196,16 @@ def test_failed_cells_are_listed_and_made_by_the_same_command(script, tmp_path, 
     assert statuses(tmp_path) == ["done", "done"] and len(kept(tmp_path)["commands"]) == 1
 
 
+def test_overwriting_makes_every_cell_again(script, tmp_path, made):
+    arguments = [*TOY, *SCORED, "nfe=2,4", "lml=off"]
+    for overwrite, count in ((False, 2), (False, 0), (True, 2), (True, 2)):
+        made.clear()
+        outcome = script("sample", *arguments, f"overwrite={str(overwrite).lower()}")
+        assert (outcome.code, outcome.err, len(made)) == (0, "", count)
+        work = "to make: 12 images, 36 evaluations" if count else "2 finished; nothing to make"
+        assert work in outcome.out and statuses(tmp_path) == ["done", "done"]
+
+
 def test_sweeps_of_one_name_add_up(script, tmp_path, capfd):
     assert script("sample", *TOY, "solver=pndm", "nfe=2,4").code == 0
     assert statuses(tmp_path) == ["refused", "done"]

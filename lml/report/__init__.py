@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lml.errors import UserError
 from lml.report import figures, results, tables, text
-from lml.store import disk_error, write_atomic
+from lml.store import check_output, disk_error, write_atomic
 
 
 def tabulate(cfg: DictConfig) -> Path:
@@ -23,6 +23,7 @@ def tabulate(cfg: DictConfig) -> Path:
     """
     runs = Path(cfg.runs or Path("outputs", str(cfg.name)))
     out = Path(cfg.out or Path("experiments", runs.name))
+    check_output(out, "out")
     if not runs.is_dir() and not (out / "results.csv").is_file():
         raise UserError(f"runs={runs}: no such folder; experiment=NAME of a study that was run")
     notes = []

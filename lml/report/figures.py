@@ -159,7 +159,9 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     panels = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for result in results:
         lml = json.loads(result.lml)
-        if result.metric != table.metric or not lml["rank"] or lml["damping"] is None:
+        if result.metric != table.metric or not lml["rank"]:
+            continue
+        if not isinstance(lml["damping"], (int, float)):  # the default's, or one a step
             continue
         place = lml.pop("rank"), lml.pop("damping")
         key = (row_of(result)._replace(lml=OFF), json.dumps(lml, sort_keys=True))

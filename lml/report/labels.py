@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lml.configs import compose
+from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.store import canonical
 
@@ -28,10 +29,13 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
     ours = json.loads(options)
     if not ours.get("rank"):
         return OFF
+    # The numbers of runs from before it was kept are those of version 1.
+    version = ours.pop("method_version", 1)
+    older = [] if version == METHOD_VERSION else [f"method {version}"]
     changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
     base = [] if name == DEFAULT and changes[name] else [name]
-    return ", ".join([*base, *changes[name]])
+    return ", ".join([*base, *changes[name], *older])
 
 
 def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
@@ -65,8 +69,14 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     for key in [*theirs, *(key for key in ours if key not in theirs)]:
         a, b = ours.get(key, "unset"), theirs.get(key, "unset")
         if canonical({"": a}) != canonical({"": b}):
-            changed.append(f"{key}={a:g}" if isinstance(a, float) else f"{key}={a}")
+            changed.append(f"{key}={_text(a)}")
     return changed
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def order(label: str) -> tuple[int, str]:

@@ -122,6 +122,7 @@ def _read(path: Path, say: Say) -> dict[str, Any]:
 
 def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     settings, lml = config["settings"], config["lml"]
+    lml |= {key: settings[key] for key in ("method_version",) if key in settings}
     model = {key: settings.get(key) for key in ("model", "prompts")}
     solver = {key: config["solver"].get(key) or {} for key in ("scheduler", "step")}
     return {
