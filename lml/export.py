@@ -20,7 +20,15 @@ from lml.data.prompts import FILE, PromptSet, load
 from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
 from lml.instances import make
-from lml.store import file_hash, read_config, read_json
+from lml.report.labels import OFF, lml_label
+from lml.store import (
+    canonical,
+    check_output,
+    file_hash,
+    read_config,
+    read_json,
+    settings_hash,
+)
 
 NAME_MAX = 255  # bytes of a file name, on all common file systems
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
@@ -30,6 +38,7 @@ def export(cfg: DictConfig) -> str:
     """Do what configs/export.yaml asks for, and return what there is to say of it."""
     config = OmegaConf.to_container(cfg, resolve=True)
     run_dir, out = config["run_dir"], Path(config["out"])
+    check_output(out, "out")
     layout = make(config["layout"], "layout")
     if (run_dir is None) == (not config["prompts"]):
         raise UserError(f"run_dir={run_dir}: either a run or prompts=NAME is asked")
@@ -123,9 +132,15 @@ def name_of(prompt: str, index: int) -> tuple[str, bool]:
 
 
 def _name_sampler(config: dict) -> str:
-    name = f"{config['solver']['name']}-{config['nfe']}"
-    lml = config["lml"]
-    return f"{name}-lml-rank{lml['rank']}-damping{lml['damping']:g}" if lml.get("rank") else name
+    """Solver, evaluations, and LML as tables call it; a hash of it where that is too long."""
+    solver, lml = config["solver"]["name"], canonical(config["lml"])
+    label = lml_label(lml, solver, config["nfe"])
+    if label == OFF:
+        return f"{solver}-{config['nfe']}"
+    name = f"{solver}-{config['nfe']}-lml-"
+    label = re.sub(r"[^\w.]+", "-", label).strip("-")
+    fits = len(f"{name}{label}".encode()) <= NAME_MAX
+    return name + (label if fits else settings_hash(config["lml"])[:10])
 
 
 def _place(image: Path, target: Path, sha256: str) -> None:

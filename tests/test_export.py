@@ -4,60 +4,85 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lml import export
 from lml.data import prompts
+from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
-from lml.store import RunFolder
 
 LONG = "a very " * 60 + "long dog"
 TEXTS = ["a red bench and a blue cake", "The clock reads 11:44.", "either/or a snake_case.", LONG]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A complete run: two categories of four prompts, three images each."""
-    (tmp_path / "dataset").mkdir()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pipelines):
+    """A folder with T2I-CompBench's prompts and a run of the tiny Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "dataset").mkdir()
     for category in ("color", "non_spatial"):
-        (tmp_path / f"dataset/{category}_val.txt").write_text("\n".join(TEXTS))
-    made = prompts.t2i_compbench(tmp_path / "dataset", ["color", "non_spatial"], 3)
-    folder = RunFolder(tmp_path / "run", {"prompts": made.settings})
-    config = {
-        "model": {"name": "sd15"},
-        "solver": {"name": "ddim"},
-        "nfe": 15,
-        "lml": {"rank": 2, "damping": 8.0},
-    }
-    folder.open(config)
-    for index in range(len(made)):
-        folder.write_image(index, np.full((4, 4, 3), index, np.uint8))
-    folder.write_manifest(len(made))
-    folder.close()
-    made.save(folder.path / "prompts.jsonl")
-    return folder.path
+        (folder / f"dataset/{category}_val.txt").write_text("\n".join(TEXTS))
+    command = [sys.executable, str(ROOT / "scripts/sample.py"), *sd15(pipelines)]
+    command += ["prompts.categories=[color,non_spatial]", "prompts.samples_per_prompt=3"]
+    command += ["num_images=24"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A complete run: two categories of four prompts, three images each."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
+
+
+def sd15(pipelines) -> list[str]:
+    """Arguments of scripts/sample.py for a run from T2I-CompBench's prompts that takes no time."""
+    return [
+        "model=sd15",
+        f"model.path={pipelines / 'sd15'}",
+        "model.height=16",
+        "model.width=16",
+        "prompts=t2i_compbench",
+        "prompts.path=dataset",
+        "solver=ddim",
+        "nfe=2",
+        "metrics=none",
+        "threads=1",
+        "progress=false",
+        "run_dir=run",
+    ]
 
 
 ARGUMENTS = ("layout=t2i_compbench", "run_dir=run", "out=out")
-SAMPLER = "ddim-15-lml-rank2-damping8"
+SAMPLER = "ddim-2-lml-default"
 
 
 def read_as_the_benchmark(folder) -> list[tuple[str, int, int]]:
-    """Prompt, index and pixel of each image, in the order that the evaluators go through them.
+    """Prompt, index and number of each image, in the order that the evaluators go through them.
 
-    BLIP_vqa.py and CLIP_similarity.py sort by what follows the last "_", UniDet's dataset by what
-    follows the first; the prompt is what comes before the first.
+    The number is that of the image in the folder `run`. BLIP_vqa.py and CLIP_similarity.py sort by
+    what follows the last "_", UniDet's dataset by what follows the first; the prompt is what comes
+    before the first.
     """
     names = os.listdir(folder)
     by_last = sorted(names, key=lambda name: int(name.split("_")[-1].split(".")[0]))
     by_first = sorted(names, key=lambda name: int(name.split("_")[1].split(".")[0]))
     assert by_last == by_first
-    pixels = [int(np.asarray(Image.open(folder / name))[0, 0, 0]) for name in by_last]
+    run = next(path for path in folder.parents if (path / "run").is_dir()) / "run/images"
+    known = {image.read_bytes(): int(image.stem) for image in run.iterdir()}
+    numbers = [known[(folder / name).read_bytes()] for name in by_last]
     indices = [int(name.split("_")[-1].split(".")[0]) for name in by_last]
-    return list(zip([name.split("_")[0] for name in by_last], indices, pixels, strict=True))
+    return list(zip([name.split("_")[0] for name in by_last], indices, numbers, strict=True))
 
 
 def test_the_benchmark_reads_prompts_and_order(script, run, tmp_path):
@@ -69,7 +94,7 @@ def test_the_benchmark_reads_prompts_and_order(script, run, tmp_path):
     for category, first in (("color", 0), ("non_spatial", 12)):
         found = read_as_the_benchmark(tmp_path / "out/sd15" / category / SAMPLER / "samples")
         assert [index for _, index, _ in found] == list(range(12))
-        assert [pixel for _, _, pixel in found] == list(range(first, first + 12))
+        assert [number for _, _, number in found] == list(range(first, first + 12))
         for k, (text, _, _) in enumerate(found):
             original = TEXTS[k // 3]
             if k // 3 < 2:
@@ -80,33 +105,70 @@ def test_the_benchmark_reads_prompts_and_order(script, run, tmp_path):
                 assert original.startswith(text + " ") and 235 < len(text) <= 244
 
 
-def test_a_run_from_prompts_to_the_benchmark(script, pipelines, tmp_path):
-    """The benchmark's files, a tiny Stable Diffusion, and its images named by their prompts."""
+@pytest.mark.parametrize(
+    ("options", "sampler"),
+    [
+        (["lml=off"], "ddim-2"),
+        (["lml=off", "lml.damping=8"], "ddim-2"),
+        ([], SAMPLER),
+        (["lml.damping=8"], "ddim-2-lml-damping-8"),
+        (["lml.rank=3", "lml.damping=0.5"], "ddim-2-lml-rank-3-damping-0.5"),
+        (["lml=published"], "ddim-2-lml-published"),
+        (["lml=published", "lml.damping=5e-3"], "ddim-2-lml-published-damping-0.005"),
+        (["lml=ablation/ema"], "ddim-2-lml-rank-1-anchor-ema-kappa-0.5"),
+        (["solver=dpmsolverpp"], "dpmsolverpp-2-lml-default"),
+        ([], "ours"),
+    ],
+)
+def test_a_run_from_prompts_to_the_benchmark(script, pipelines, tmp_path, options, sampler):
+    """The benchmark's files, a tiny Stable Diffusion, and its images named by their prompts.
+
+    Whatever the correction is, the samples' folder says it.
+    """
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset/spatial_val.txt").write_text("a cat\na dog\n")
-    arguments = [
-        "model=sd15",
-        f"model.path={pipelines / 'sd15'}",
-        "model.height=16",
-        "model.width=16",
-        "prompts=t2i_compbench",
-        "prompts.path=dataset",
-        "prompts.categories=[spatial]",
-        "prompts.samples_per_prompt=2",
-        "num_images=4",
-        "nfe=2",
-        "metrics=none",
-        "threads=1",
-        "run_dir=run",
-    ]
-    assert script("sample", *arguments).code == 0
-    outcome = script("export", *ARGUMENTS, "layout.sampler=ours")
+    arguments = ["prompts.categories=[spatial]", "prompts.samples_per_prompt=2", "num_images=4"]
+    assert script("sample", *sd15(pipelines), *arguments, *options).code == 0
+    given = ["layout.sampler=ours"] if sampler == "ours" else []
+    outcome = script("export", *ARGUMENTS, *given)
     assert (outcome.code, outcome.err) == (0, "")
-    folder = tmp_path / "out/sd15/spatial/ours/samples"
+    folder = tmp_path / f"out/sd15/spatial/{sampler}/samples"
     names = ["a cat_000000.png", "a cat_000001.png", "a dog_000002.png", "a dog_000003.png"]
     assert sorted(file.name for file in folder.iterdir()) == names
     for index, name in enumerate(names):
         assert (folder / name).samefile(tmp_path / f"run/images/{index:06d}.png")
+
+
+@pytest.mark.parametrize(
+    ("dampings", "sampler"),
+    [
+        ([0.5, None, 8], "ddim-2-lml-damping-0.5-None-8"),
+        ([k / 8 for k in range(1, 101)], r"ddim-2-lml-[0-9a-f]{10}"),
+    ],
+)
+def test_a_damping_a_step_is_in_the_name_or_a_hash_of_it(script, run, tmp_path, dampings, sampler):
+    config = OmegaConf.load(run / "config.yaml")
+    config.lml.damping = dampings
+    OmegaConf.save(config, run / "config.yaml")
+    outcome = script("export", *ARGUMENTS)
+    assert (outcome.code, outcome.err) == (0, "")
+    (folder,) = (tmp_path / "out/sd15/color").iterdir()
+    assert re.fullmatch(sampler, folder.name)
+
+
+def test_what_was_exported_may_be_scored_and_exported_again(script, run, coco, tmp_path):
+    """A score lies beside the images, as for every folder of images."""
+    assert script("export", *ARGUMENTS).code == 0
+    assert script("export", *coco).code == 0
+    for folder in (f"out/sd15/color/{SAMPLER}/samples", "reference"):
+        same = f"metrics.convergence.reference={folder}"
+        arguments = (f"images={folder}", "metrics=convergence", same, "threads=1")
+        outcome = script("evaluate", *arguments)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert (tmp_path / f"{folder}.metrics.json").is_file()
+    for arguments in (ARGUMENTS, coco):
+        outcome = script("export", *arguments)
+        assert (outcome.code, outcome.err) == (0, "")
 
 
 def test_names_that_a_folder_can_hold():
@@ -178,7 +240,7 @@ def test_runs_that_cannot_be_laid_out(script, run, tmp_path):
     refused(script, *ARGUMENTS[::2], pattern="run_dir=None: either a run or prompts=NAME")
     refused(script, *ARGUMENTS, "run_dir=nowhere", pattern="run_dir=nowhere: no such folder")
     refused(script, *ARGUMENTS, "+layout.depth=1", pattern="layout: ")
-    refused(script, *ARGUMENTS, "out=run/config.yaml", pattern="out=run/config.yaml: Not a direc")
+    refused(script, *ARGUMENTS, "out=dataset/color_val.txt", pattern="color_val.txt: Not a direc")
     given = ("prompts=t2i_compbench", "prompts.path=dataset", "prompts.categories=[color]")
     refused(script, *ARGUMENTS, *given, pattern="either a run or prompts=NAME")
     refused(script, *ARGUMENTS[::2], *given, pattern="takes the images of a run")
