@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lml import released, schedulers
+from lml import schedulers
 from lml.correction import METHOD_VERSION
+from lml.schedulers import released
 
 PINS = Path(__file__).with_name("method.json")
 STEPS = 5
