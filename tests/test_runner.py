@@ -522,7 +522,7 @@ def test_a_run_goes_on_after_its_images_were_scored(script, toy, finished, tmp_p
         ("export", ["layout=t2i_compbench", "run_dir=finished", "out=finished/images/new"]),
         ("tabulate", ["experiment=table1_cifar10", "out=finished/images"]),
         ("benchmark", ["parts=[]", "out=finished/images/ratios.json"]),
-        ("train", ["run_dir=finished/images/model", "budget.minutes=0.001"]),
+        ("train", ["run_dir=finished/images/model", "budget.images=1"]),
         ("sample", ["model=gaussian", "metrics=none", "run_dir=finished/images/new"]),
     ],
 )
