@@ -33,7 +33,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from lml import runner
 from lml.configs import compose
-from lml.correction import LMLCorrection, default_damping
+from lml.correction import LMLCorrection
+from lml.damping import default_damping
 from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lml.data.assets import ROOT
-from lml.errors import UserError, nearest
+from lml.errors import UserError, nearest, say
 
 CONFIGS = ROOT / "configs"
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -40,12 +40,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__("interrupted")
         self.exit_code = 128 + number
-
-
-def say(line: str) -> None:
-    """Write one line to stderr, with the rank of this process where there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"{rank}{line}", file=sys.stderr, flush=True)
 
 
 def main(

@@ -35,6 +35,7 @@ from torchvision.utils import make_grid
 from lml import __version__
 from lml.configs import compose
 from lml.correction import METHOD_VERSION
+from lml.damping import GRIDS
 from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
 from lml.data.images import LATENTS, read
@@ -45,7 +46,6 @@ from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
 from lml.pipelines.trajectory import Replay, Trajectory, record
 from lml.processes import gather, joined, on_first, rank_and_world
-from lml.schedulers import EVEN_IN_LOG_SNR
 from lml.stopwatch import Stopwatch
 from lml.store import (
     RunError,
@@ -76,7 +76,7 @@ ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 # Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
-GRID = ("timestep_spacing", *EVEN_IN_LOG_SNR)
+GRID = ("timestep_spacing", *GRIDS)
 Model = pixel.PixelModel | TextModel
 Sampler = pixel.PixelSampler | TextSampler
 PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra-core")

@@ -26,9 +26,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lml import processes, runner
-from lml.cli import say
 from lml.device import find_device, use_device
-from lml.errors import UserError, nearest
+from lml.errors import UserError, nearest, say
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
 from lml.store import canonical, disk_error, read_config, read_json, write_atomic

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lml.correction import LMLCorrection, default_damping
+from lml.correction import LMLCorrection
+from lml.damping import default_damping
 
 
 def along(correction: LMLCorrection) -> Callable[[Tensor], Tensor]:

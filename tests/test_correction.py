@@ -11,22 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lml.correction import LMLCorrection, default_damping
+from lml.correction import LMLCorrection, formula
+from lml.damping import default_damping
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def by_inverse(
+def plain(
     anchors: list[Tensor], g: Tensor, damping: float, relative: bool = True, normed: bool = True
 ) -> Tensor:
-    """d = lambda H^-1 g with the D x D matrix H itself, float64: no Woodbury, no batch."""
+    """The formula as it is written, in the type of `g`."""
+    U = torch.stack([u.flatten(1) for u in anchors], 2)
+    return formula(g.flatten(1), U, damping, relative, normed).view_as(g)
+
+
+def by_inverse(
+    anchors: list[Tensor], g: Tensor, damping: float, relative: bool, normed: bool
+) -> Tensor:
+    """d = lambda H^-1 g with the D x D matrix H itself: no Woodbury, no batch."""
     rows = []
     for b in range(len(g)):
-        U = torch.stack([u[b].double().flatten() for u in anchors], 1)
+        U = torch.stack([u[b].flatten() for u in anchors], 1)
         lam = damping * (U**2).sum(0).mean() if relative else damping
-        H = U @ U.T + lam * torch.eye(len(U), dtype=torch.float64)
-        d = lam * torch.linalg.solve(H, g[b].double().flatten())
-        rows.append(d * g[b].double().norm() / d.norm() if normed else d)
+        H = U @ U.T + lam * torch.eye(len(U), dtype=U.dtype)
+        d = lam * torch.linalg.solve(H, g[b].flatten())
+        rows.append(d * g[b].norm() / d.norm() if normed else d)
     return torch.stack(rows).view_as(g)
 
 
@@ -42,16 +51,6 @@ def by_least_squares(anchors: list[Tensor], g: Tensor, damping: float, relative:
         d = g[b].double().flatten() - (U @ y)[:, 0]
         rows.append(d * g[b].double().norm() / d.norm())
     return torch.stack(rows).view_as(g)
-
-
-def naive(anchors: list[Tensor], g: Tensor, damping: float, relative: bool = True) -> Tensor:
-    """Woodbury as it is written, in the type of the input: what must not be used."""
-    U = torch.stack([u.flatten(1) for u in anchors], 2)
-    v = g.flatten(1)[:, :, None]
-    lam = damping * (U**2).sum(1).mean(1)[:, None, None] if relative else damping
-    eye = torch.eye(U.shape[2], dtype=g.dtype)
-    d = v - U @ torch.linalg.solve_ex(lam * eye + U.mT @ U, U.mT @ v)[0]
-    return (d * v.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)).view_as(g)
 
 
 def last(correction: LMLCorrection, directions: list[Tensor]) -> Tensor:
@@ -76,13 +75,23 @@ def directions(count: int, seed: int, shape=(3, 2, 4, 4)) -> list[Tensor]:
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
 @pytest.mark.parametrize("scale", ["relative", "absolute"])
 @pytest.mark.parametrize("normed", [True, False])
-def test_equals_the_inverse_of_the_hessian(dtype, rank, scale, normed):
+def test_equals_the_formula(dtype, rank, scale, normed):
     inputs = [v.to(dtype) for v in directions(rank + 3, seed=rank)]
     correction = LMLCorrection(rank, 0.7, scale, norm_preserving=normed)
     corrected = last(correction, inputs)
     assert corrected.dtype == dtype
-    expected = by_inverse(inputs[-1 - rank : -1], inputs[-1], 0.7, scale == "relative", normed)
+    *anchors, g = (v.double() for v in inputs[-1 - rank :])
+    expected = plain(anchors, g, 0.7, scale == "relative", normed)
     assert error(corrected, expected) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_formula_is_the_inverse_of_the_hessian(rank, relative, normed):
+    *anchors, g = directions(rank + 1, seed=rank)
+    expected = by_inverse(anchors, g, 0.7, relative, normed)
+    assert error(plain(anchors, g, 0.7, relative, normed), expected) < 1e-12
 
 
 def test_history_grows_to_the_rank_and_holds_uncorrected_directions():
@@ -91,7 +100,7 @@ def test_history_grows_to_the_rank_and_holds_uncorrected_directions():
     for k, g in enumerate(inputs):
         corrected = correct(g)
         anchors = inputs[max(0, k - 3) : k]
-        expected = by_inverse(anchors, g, 2.0) if anchors else g
+        expected = plain(anchors, g, 2.0) if anchors else g
         assert error(corrected, expected) < 1e-10
 
 
@@ -111,7 +120,7 @@ def test_ema_mixes_the_previous_direction_into_the_anchor(kappa):
     correct = along(LMLCorrection(1, 0.3, anchor="ema", kappa=kappa))
     for k, g in enumerate(inputs):
         corrected = correct(g)
-        expected = g if k == 0 else by_inverse([kappa * inputs[k - 1] + (1 - kappa) * g], g, 0.3)
+        expected = g if k == 0 else plain([kappa * inputs[k - 1] + (1 - kappa) * g], g, 0.3)
         assert error(corrected, expected) < 1e-8
 
 
@@ -190,11 +199,11 @@ def test_the_naive_float32_formula_fails_where_ours_holds():
     g = g.float()
     expected = by_least_squares(anchors, g, 1e-12, True)
     assert error(last(LMLCorrection(2, 1e-12), [*anchors, g]), expected) < 1e-4
-    failed = naive(anchors, g, 1e-12)
+    failed = plain(anchors, g, 1e-12)
     assert not error(failed, expected) < 1e-4
 
     # The published case: the anchor is g itself, damping far below |g|^2.
-    failed = naive([g], g, 1e-3 / 3072)
+    failed = plain([g], g, 1e-3 / 3072)
     assert not error(failed, g) < 1e-4
     assert error(along(LMLCorrection(1, 1e-3, "absolute", "ema", 0.0))(g), g) == 0
 
@@ -296,7 +305,9 @@ def test_the_default_damping_turns_by_half_a_step(rank):
 
 def test_the_default_damping_by_steps():
     assert [default_damping(r) for r in (0, 1, 2, 3)] == [1, 2, 6, 12]
-    assert [default_damping(2, n) for n in (2, 5, 10, 20)] == [6, 6, 24, 96]
+    assert [default_damping(2, n, order=2) for n in (2, 5, 10, 20)] == [6, 6, 24, 96]
+    assert [default_damping(2, n, order=1) for n in (2, 20)] == [6, 6]
+    assert default_damping(1, 10, 3, "Adams-Bashforth", "use_karras_sigmas") == 2 * 4 * 16 * 8
 
 
 def test_the_damping_of_each_step():
@@ -324,7 +335,7 @@ def test_a_step_without_damping_is_left_alone_and_remembered():
     unchanged, anchors = correction(second, (first,), None)
     assert unchanged is second
     corrected, _ = correction(third, anchors, 1.0)
-    assert error(corrected, by_inverse([first, second], third, 1.0)) < 1e-10
+    assert error(corrected, plain([first, second], third, 1.0)) < 1e-10
 
 
 def test_limits_of_the_damping():

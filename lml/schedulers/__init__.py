@@ -6,7 +6,7 @@ pipe.scheduler = LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.confi
 # A pipeline that holds one of these classes finds its loader by this name in this module.
 from diffusers import SchedulerMixin as SchedulerMixin
 
-from lml.schedulers.mixin import EVEN_IN_LOG_SNR, OPTIONS, PARAMETERS, LMLSchedulerMixin
+from lml.schedulers.mixin import OPTIONS, PARAMETERS, LMLSchedulerMixin
 from lml.schedulers.solvers import (
     LMLDDIMScheduler,
     LMLDEISMultistepScheduler,
@@ -22,7 +22,6 @@ from lml.schedulers.solvers import (
 )
 
 __all__ = [
-    "EVEN_IN_LOG_SNR",
     "OPTIONS",
     "PARAMETERS",
     "LMLDDIMScheduler",

@@ -25,7 +25,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from lml.correction import LMLCorrection, default_damping
+from lml.correction import LMLCorrection
+from lml.damping import GRIDS, default_damping
 from lml.schedulers.prediction import change_noise
 
 
@@ -39,16 +40,6 @@ def _parameters() -> list[inspect.Parameter]:
 
 PARAMETERS = _parameters()  # the keyword options that LML adds to a scheduler
 OPTIONS = tuple(parameter.name for parameter in PARAMETERS)
-# Grids whose steps in the middle of a trajectory, where the image is decided, are so long that
-# solvers of higher orders extrapolate too far on their own.
-EVEN_IN_LOG_SNR = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_lu_lambdas",
-)
-EVEN_IN_LOG_SNR_FACTOR = 8.0  # on the default damping
-ADAMS_BASHFORTH = 16.0  # the same: the formula of fourth order multiplies what the correction adds
 
 
 def _like(parent: Callable, method: Callable) -> Callable:
@@ -75,7 +66,8 @@ class LMLSchedulerMixin:
 
     targets: tuple[str, ...] = ("prediction",)
     correction_class: type[LMLCorrection] = LMLCorrection
-    damping_factor = 1.0  # on the default damping
+    convergence_order: int | None = None  # None where the option `solver_order` says it
+    damping_of = "plain"  # which of `lml.damping.SOLVERS` it is
     may_diverge = False  # samples that are NaN or inf are a result, and no error
 
     def __init_subclass__(cls, **kwargs):
@@ -83,6 +75,10 @@ class LMLSchedulerMixin:
         if LMLSchedulerMixin not in cls.__bases__:
             return
         parent = cls.__bases__[-1]
+        # diffusers' own `order` counts evaluations a step, and is 1 for nearly all.
+        options = inspect.signature(parent).parameters
+        if cls.convergence_order is None and "solver_order" not in options:
+            raise TypeError(f"{cls.__name__}: needs a convergence_order, the solver's order")
         cls.step = _like(parent.step, LMLSchedulerMixin.step)
         cls.set_timesteps = _like(parent.set_timesteps, LMLSchedulerMixin.set_timesteps)
 
@@ -127,12 +123,9 @@ class LMLSchedulerMixin:
     @property
     def default_damping(self) -> float:
         """The damping on this grid where the options give none, relative."""
-        # What the correction adds is what a solver of first order lacks; it disturbs the others.
-        steps = None if self.is_first_order else len(self.timesteps)
-        damping = self.damping_factor * default_damping(self.correction.rank, steps)
-        if any(map(self._own, EVEN_IN_LOG_SNR)):
-            damping *= EVEN_IN_LOG_SNR_FACTOR
-        return damping
+        grid = next(filter(self._own, GRIDS), None)
+        steps, order = len(self.timesteps), self.convergence_order or self.config.solver_order
+        return default_damping(self.correction.rank, steps, order, self.damping_of, grid)
 
     @property
     def dampings(self) -> tuple[float | None, ...]:
@@ -150,11 +143,6 @@ class LMLSchedulerMixin:
     def _training_timesteps(self) -> list[float]:
         """The grid in [0, T]."""
         return self.timesteps.tolist()
-
-    @property
-    def is_first_order(self) -> bool:
-        """Whether the solver, as it is configured, converges in proportion to its steps only."""
-        return (self._own("solver_order") or self.order) == 1
 
     def _own(self, option: str):
         # A configuration also holds options of schedulers that it was converted from.

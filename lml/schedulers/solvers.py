@@ -20,12 +20,13 @@ from diffusers import (
 from torch import Tensor
 
 from lml.schedulers.ipndm import DiscreteIPNDMScheduler
-from lml.schedulers.mixin import ADAMS_BASHFORTH, LMLSchedulerMixin
+from lml.schedulers.mixin import LMLSchedulerMixin
 
 
 class LMLDDIMScheduler(LMLSchedulerMixin, DDIMScheduler):
     """DDIM (arXiv 2010.02502) with LML; A = alpha_s / alpha_t."""
 
+    convergence_order = 1
     targets = ("prediction", "increment", "direction")
 
     def _solve(self, step: Callable, arguments: dict):
@@ -79,8 +80,8 @@ class LMLUniPCMultistepScheduler(LMLSchedulerMixin, UniPCMultistepScheduler):
     """UniPC (arXiv 2302.04867) with LML; the increment is the predictor's."""
 
     targets = ("prediction", "increment")
-    damping_factor = 2.0  # the corrector does half of the work
-    is_first_order = False  # the corrector adds one to `solver_order`
+    convergence_order = 3  # or 2 or 4: the corrector adds one to `solver_order`
+    damping_of = "predictor-corrector"
 
     def _split(self, output, timestep, sample):
         # the predictor starts from the sample that the corrector has just revised
@@ -99,8 +100,8 @@ class LMLDEISMultistepScheduler(LMLSchedulerMixin, DEISMultistepScheduler):
 class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
     """PNDM (arXiv 2202.09778) with LML."""
 
-    damping_factor = ADAMS_BASHFORTH
-    is_first_order = False
+    convergence_order = 4
+    damping_of = "Adams-Bashforth"
 
     def _position(self, timestep):
         return self.counter  # timesteps are in its grid more than once
@@ -109,8 +110,8 @@ class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
 class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
     """Improved PNDM with LML; its own noise schedule, as in diffusers."""
 
-    damping_factor = ADAMS_BASHFORTH
-    is_first_order = False
+    convergence_order = 4
+    damping_of = "Adams-Bashforth"
 
     def _training_timesteps(self):
         return (self.timesteps * self.config.num_train_timesteps).tolist()  # its own are in [0, 1]
@@ -119,13 +120,14 @@ class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
 class LMLDiscreteIPNDMScheduler(LMLSchedulerMixin, DiscreteIPNDMScheduler):
     """Improved PNDM (arXiv 2204.13902) on a DDPM's noise schedule, with LML."""
 
-    damping_factor = ADAMS_BASHFORTH
-    is_first_order = False
+    convergence_order = 4
+    damping_of = "Adams-Bashforth"
 
 
 class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):
     """Euler's method in sigma (arXiv 2206.00364) with LML; A = 1."""
 
+    convergence_order = 1
     targets = ("prediction", "increment")
 
     def _training_timesteps(self):
@@ -148,10 +150,13 @@ class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):
 class LMLHeunDiscreteScheduler(LMLSchedulerMixin, HeunDiscreteScheduler):
     """Heun's method in sigma (arXiv 2206.00364) with LML, at each of its two evaluations."""
 
+    convergence_order = 2
+
 
 class LMLFlowMatchEulerDiscreteScheduler(LMLSchedulerMixin, FlowMatchEulerDiscreteScheduler):
     """Euler's method on a flow-matching model (arXiv 2403.03206) with LML; A = 1."""
 
+    convergence_order = 1
     targets = ("prediction", "increment")
 
     def _check_target(self, target):

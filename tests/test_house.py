@@ -1,0 +1,78 @@
+"""The house: what imports what, in one direction only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "lml").rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of ours that `file` imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        else:
+            continue
+        for name in names:
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found - {"", module_of(file), "lml"}
+
+
+def test_no_circle():
+    graph = {name: imports_of(file) for name, file in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                # a package's __init__ gathers its own modules
+                if not name.startswith(f"{other}."):
+                    visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", ["lml.correction", "lml.numerics", "lml.damping"])
+def test_the_method_needs_torch_alone(name):
+    tree = ast.parse(MODULES[name].read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {
+        a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
+    }
+    assert {module.partition(".")[0] for module in modules} <= {
+        "__future__",
+        "collections",
+        "lml",
+        "math",
+        "numbers",
+        "torch",
+    }
+
+
+def test_nothing_in_the_library_imports_tests_or_scripts():
+    for file in FILES:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in ("tests", "scripts"), file
