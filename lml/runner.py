@@ -77,6 +77,18 @@ ATTENTION = {
 }
 # Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
 GRID = ("timestep_spacing", *GRIDS)
+OWN_GRID = "of_model"  # of that group: whether the model's own are taken
+# Options of a scheduler that are the model's whatever the solver, as it was trained with them.
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
+)
 Model = pixel.PixelModel | TextModel
 Sampler = pixel.PixelSampler | TextSampler
 PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra-core")
@@ -109,8 +121,9 @@ def check_whole(cfg: Mapping[str, Any], lowest: Mapping[str, int]) -> None:
 def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
 
-    The model's own grid of timesteps is not taken over: `grid=default` is the solver's. UserError
-    for an option that the solver does not have, or a value that it refuses.
+    Of the model's own scheduler it takes the noise schedule, and the options that its file names,
+    as diffusers' `from_config` does; those of the grid with `grid=model` alone. UserError for an
+    option that the solver does not have, or a value that it refuses.
     """
     name = cfg["solver"]["name"]
     options = dict(cfg["solver"]["scheduler"])
@@ -125,9 +138,12 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
     groups = {
         "solver.scheduler": options,
-        "grid": {k: v for k, v in cfg["grid"].items() if k != "name"},
+        "grid": {k: v for k, v in cfg["grid"].items() if k not in ("name", OWN_GRID)},
         "lml": {k: v for k, v in cfg["lml"].items() if k != "name"},
     }
+    own_grid = cfg["grid"].get(OWN_GRID, False)
+    if not isinstance(own_grid, bool):
+        raise UserError(f"grid.{OWN_GRID}={own_grid}: true or false is asked")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     for group, values in groups.items():
         for key, value in values.items():
@@ -144,9 +160,17 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         if key not in (taken := inspect.signature(cls.step).parameters):
             close = nearest(key, taken)
             raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
-    # All that they share is given explicitly: diffusers would replace a value that is its class's
-    # default by the other class's default, such as Heun's own betas.
-    base = {k: v for k, v in model.scheduler.config.items() if k in known and k not in GRID}
+    own = model.scheduler.config
+    for key in NOISE_SCHEDULE:
+        if own.get(key) is True and key not in known:
+            raise UserError(f"solver={name}: not for {model.name}, whose noise schedule has {key}")
+    # Defaults of the model's scheduler class are not the model's, but for its noise schedule:
+    # there diffusers would put the other class's default, such as Heun's own betas.
+    defaults = set(own.get("_use_default_values", ())) - set(NOISE_SCHEDULE)
+    left = defaults if own_grid else defaults | set(GRID)
+    base = {k: v for k, v in own.items() if k in known and k not in left}
+    if model.has_latents and "clip_sample" in known:
+        base.setdefault("clip_sample", False)  # to [-1, 1], as DDIM's default is for pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
@@ -160,7 +184,9 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
 
 def _fitting_grids(known: set[str]) -> list[str]:
     names = sorted(file.stem for file in (ROOT / "configs/grid").glob("*.yaml"))
-    return [name for name in names if set(compose(f"+grid={name}").grid) - {"name"} <= known]
+    return [
+        name for name in names if set(compose(f"+grid={name}").grid) - {"name", OWN_GRID} <= known
+    ]
 
 
 def choose_prompts(cfg: Mapping[str, Any], model: Model) -> prompt_sets.PromptSet | None:

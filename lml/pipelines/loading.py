@@ -17,15 +17,21 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lml.data.assets import locate
 from lml.errors import UserError
 from lml.files import file_hash
 from lml.instances import make
 
-FILES = ("*.json", "diffusion_pytorch_model*{suffix}", "*/*{suffix}")  # of a hub model
+ROOT_STEM = "diffusion_pytorch_model"  # of weights that lie in no folder of their own
 STEMS = {".safetensors": "(diffusion_pytorch_model|model)", ".bin": "(diffusion_)?pytorch_model"}
 SHARD = r"-\d{5}-of-\d{5}"
 
@@ -39,12 +45,13 @@ def describe_key(config: Mapping[str, Any], group: str = "model") -> str:
 def find_folder(
     config: Mapping[str, Any],
     group: str = "model",
-    download: Callable[..., str] = snapshot_download,
+    download: Callable[..., str] | None = None,
     **options: Any,
 ) -> Path:
     """The folder of a model: `path`, or `hub_id` at `revision`, fetched unless it is cached.
 
-    `download(hub_id, revision=..., **options)` fetches. UserError when there is no such model.
+    `download(hub_id, revision=..., **options)` fetches, in place of `fetch`. UserError when there
+    is no such model.
     """
     key = describe_key(config, group)
     if config.get("path"):
@@ -56,24 +63,63 @@ def find_folder(
         raise UserError(
             f"{group}.path=null: a folder in diffusers' format is asked, or {group}.hub_id"
         )
-    hub_id = str(config["hub_id"])
-    patterns = [name.format(suffix=suffix) for suffix in _suffixes(config) for name in FILES]
-    options = options or {"allow_patterns": list(dict.fromkeys(patterns))}
+    hub_id, revision = str(config["hub_id"]), config.get("revision")
+    if download is None:
+        download, options = fetch, {"config": config}
     try:
         with quiet():
-            return Path(download(hub_id, revision=config.get("revision"), **options))
+            return Path(download(hub_id, revision=revision, **options))
     except Exception as error:  # the hub's errors and the network's share no base class
-        answer = _answer(error)
-        if isinstance(answer, GatedRepoError):
-            raise UserError(
-                f"{key}: access is to be granted; accept the license on "
-                f"https://huggingface.co/{hub_id}, then `hf auth login`, or give "
-                f"{group}.path=FOLDER"
-            ) from None
-        raise UserError(
-            f"{key}: cannot be fetched ({one_line(answer)}); get it elsewhere with "
-            f"`hf download {hub_id} --local-dir FOLDER` and give {group}.path=FOLDER"
-        ) from None
+        reason = _why_not_fetched(_answer(error), config, group)
+        raise UserError(f"{key}: {reason}") from None
+
+
+def fetch(hub_id: str, revision: str | None, config: Mapping[str, Any]) -> str:
+    """The configs and weights of a hub model: `snapshot_download` of what `find_weights` takes."""
+    parts = ["*/", ROOT_STEM]
+    for suffix in _suffixes(config):
+        patterns = ["*.json", *(f"{part}*{suffix}" for part in parts)]
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
+        root = Path(folder)
+        networks = sorted(file.parent for file in root.rglob("config.json"))
+        bare = [network for network in networks if not _matching(network, suffix, config)[0]]
+        if not bare:
+            break
+        parts = [f"{n.relative_to(root)}/" if n != root else ROOT_STEM for n in bare]
+    return folder
+
+
+def _why_not_fetched(answer: BaseException, config: Mapping[str, Any], group: str) -> str:
+    """What the hub's answer means, and what the user can do."""
+    hub_id, local = config["hub_id"], f"{group}.path=FOLDER"
+    if isinstance(answer, GatedRepoError):
+        return (
+            f"access is to be granted; accept the license on https://huggingface.co/{hub_id}, "
+            f"then `hf auth login`, or give {local}"
+        )
+    if isinstance(answer, RepositoryNotFoundError):
+        return (
+            "the hub has no such repository, or a private one: where its owner has removed it, "
+            f"give a mirror's name as {group}.hub_id, or a copy of the files as {local}; "
+            "where it is private, `hf auth login`"
+        )
+    if isinstance(answer, RevisionNotFoundError):
+        return (
+            f"it has no revision {config.get('revision')}; {group}.revision=null is its main "
+            f"branch; or give {local}"
+        )
+    if type(answer) in (OSError, ValueError) and getattr(answer, "errno", None) is None:
+        # diffusers' own, which has found the repository, but not the files that it looks for
+        safe = config.get("use_safetensors", True)
+        pickled = f"{group}.use_safetensors=false takes pickled ones, " if safe else ""
+        return (
+            f"it has not the weights that are asked for ({one_line(answer)}); {pickled}"
+            f"{group}.variant=NAME takes a variant's; or give {local}"
+        )
+    return (
+        f"cannot be fetched ({one_line(answer)}); get it elsewhere with "
+        f"`hf download {hub_id} --local-dir FOLDER` and give {local}"
+    )
 
 
 def _answer(error: BaseException) -> BaseException:
@@ -148,21 +194,33 @@ def find_weights(
     if not isinstance(config.get("use_safetensors", True), bool):
         value = config["use_safetensors"]
         raise UserError(f"{group}.use_safetensors={value}: true or false is asked")
-    there = {file.name: file for file in sorted(folder.iterdir())}
-    if "config.json" not in there:
+    if not (folder / "config.json").is_file():
         raise UserError(f"{key}: no {folder.name}/config.json in it")
     for suffix in _suffixes(config):
-        for variant in dict.fromkeys([config.get("variant"), None]):
-            name = f"\\.{re.escape(str(variant))}" if variant else ""
-            name = f"{STEMS[suffix]}(({SHARD})?{name}|{name}{SHARD})\\{suffix}"
-            if files := tuple(there[file] for file in there if re.fullmatch(name, file)):
-                return Weights(folder, files, variant and str(variant))
+        files, variant = _matching(folder, suffix, config)
+        if files:
+            return Weights(folder, files, variant)
     hint = ""
-    for file in there:
+    if config.get("use_safetensors", True):  # then pickled ones are not even fetched
+        hint = f"; {group}.use_safetensors=false takes pickled ones, where there are some"
+    for file in sorted(file.name for file in folder.iterdir()):
         if match := re.fullmatch(r".*model(?:\.(\w+))?.*\.(?:safetensors|bin)", file):
             option = f"variant={match[1]}" if match[1] else "use_safetensors=false"
             hint = f"; {group}.{option} takes {file}"
     raise UserError(f"{key}: no weights in {folder.name} ({' or '.join(_suffixes(config))}{hint})")
+
+
+def _matching(
+    folder: Path, suffix: str, config: Mapping[str, Any]
+) -> tuple[tuple[Path, ...], str | None]:
+    """The weights in `folder` with that suffix, of the variant asked for or none; and which."""
+    there = sorted(folder.iterdir())
+    for variant in dict.fromkeys([config.get("variant"), None]):
+        name = f"\\.{re.escape(str(variant))}" if variant else ""
+        name = f"{STEMS[suffix]}(({SHARD})?{name}|{name}{SHARD})\\{suffix}"
+        if files := tuple(file for file in there if re.fullmatch(name, file.name)):
+            return files, variant and str(variant)
+    return (), None
 
 
 def _suffixes(config: Mapping[str, Any]) -> list[str]:
@@ -229,26 +287,29 @@ def make_part(config: Any, key: str) -> Any:
     return make(config, f"{key}={config['_target_']}")
 
 
-def normalize_in_float32(network: nn.Module) -> nn.Module:
-    """Let the group norms of a half-precision `network` work in float32, as under autocast.
+class GroupNormInFloat32(nn.GroupNorm):
+    """A group norm that works in float32 whatever its weights and inputs are, as under autocast."""
 
-    On CPUs torch's own kernel for them takes five times as long in bfloat16.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.float()
-            module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
-            module.register_forward_hook(lambda _, args, output, to=network.dtype: output.to(to))
-    return network
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def lay_out(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """`network`, not moved, as inference on `device` and the memory layout asked for have it."""
+    if device.type == "cpu" and network.dtype in (torch.bfloat16, torch.float16):
+        # On CPUs torch's own kernel for group norms takes five times as long in bfloat16.
+        for module in network.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = GroupNormInFloat32
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False)
 
 
 def prepare(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """`network` for inference, in the memory layout that is asked for."""
-    if device.type == "cpu" and network.dtype in (torch.bfloat16, torch.float16):
-        network = normalize_in_float32(network)
-    if channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    return network.to(device).eval().requires_grad_(False)
+    """`network` for inference on `device`, in the memory layout that is asked for."""
+    return lay_out(network, device, channels_last).to(device)
 
 
 @contextmanager

@@ -26,6 +26,9 @@ from lml.pipelines import loading
 
 # They look at finished images or at image prompts, which we have none of.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+INSTALL = "`pip install -e '.[text]'`"
+# What transformers reads a SentencePiece model with, by the names to install and to import.
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
 
 @dataclass
@@ -53,6 +56,8 @@ class TextModel:
         offload = config.get("cpu_offload")
         if offload and device.type == "cpu":
             raise UserError("model.cpu_offload=true: an accelerator is asked to offload from")
+        if offload and not _is_installed("accelerate"):
+            raise UserError(f"model.cpu_offload=true: needs accelerate: {INSTALL}")
         _be_quiet(self.name)
         parts = {"scheduler": self.scheduler, **_left_out(self.pipeline)}
         classes = _networks(self.folder)
@@ -66,12 +71,12 @@ class TextModel:
         try:
             pipe = self.pipeline.from_pretrained(self.folder, local_files_only=True, **parts)
         except Exception as error:  # tokenizers' and diffusers' errors share no base class
-            reason = loading.one_line(error)
+            reason = _tokenizer_reason(self.folder) or loading.one_line(error)
             raise UserError(f"{key}: makes no {self.pipeline.__name__} ({reason})") from None
         pipe.set_progress_bar_config(disable=True)
         name = _denoiser(self.folder)
         for part in {name, "vae"}:
-            loading.prepare(getattr(pipe, part), torch.device("cpu"), channels_last)
+            loading.lay_out(getattr(pipe, part), device, channels_last)
         if config.get("slicing"):
             pipe.enable_attention_slicing()
             pipe.vae.enable_slicing()
@@ -295,11 +300,34 @@ def _be_quiet(name: str) -> None:
     try:
         from transformers.utils import logging as transformers_logging
     except ImportError:
-        raise UserError(f"model={name}: needs transformers: `pip install -e '.[text]'`") from None
+        raise UserError(f"model={name}: needs transformers: {INSTALL}") from None
 
     for module in (logging, transformers_logging):
         module.disable_progress_bar()
         module.set_verbosity_error()
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def _tokenizer_reason(root: Path) -> str | None:
+    """Why a tokenizer that is a SentencePiece model alone cannot be read; None if there is none.
+
+    transformers, which then takes it for a tiktoken file, names tiktoken whatever the reason.
+    """
+    for file in sorted(root.glob("tokenizer*/*.model")):
+        if (file.parent / "tokenizer.json").exists():
+            continue
+        missing = [name for name, module in SENTENCEPIECE.items() if not _is_installed(module)]
+        if missing:
+            return f"its {file.parent.name} needs {' and '.join(missing)}: {INSTALL}"
+        return f"{file.parent.name}/{file.name} cannot be read"
+    return None
 
 
 def _left_out(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
@@ -314,7 +342,7 @@ def _class(library: str, name: str, label: str) -> type:
     try:
         return getattr(importlib.import_module(library), name)
     except ImportError:
-        raise UserError(f"{label} needs {library}: `pip install -e '.[text]'`") from None
+        raise UserError(f"{label} needs {library}: {INSTALL}") from None
     except AttributeError:
         raise UserError(f"{label} is a {name}, unknown to {library}") from None
 

@@ -150,6 +150,66 @@ def test_what_is_fetched_of_others(script, pipelines, tiny_model, hub, model):
     assert not [file for _, file in hub.fetched if file.endswith(".bin")]
 
 
+def only_pickled(folder: Path) -> None:
+    """Weights in `folder` and below as they were saved before there were safetensors."""
+    for file in list(folder.rglob("*.safetensors")):
+        name = file.name if file.name.startswith("diffusion_") else "pytorch_model"
+        torch.save(load_file(file), (file.parent / name).with_suffix(".bin"))
+        file.unlink()
+
+
+def test_the_published_latent_model_as_it_is_on_the_hub(script, pipelines, hub, tmp_path):
+    """Its decoder's weights are pickled alone, and its network's in both formats."""
+    shutil.copytree(pipelines / "celebahq_ldm", hub.folder)
+    only_pickled(hub.folder / "vqvae")
+    weights = hub.folder / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_suffix(".bin"))
+    arguments = ["experiment=celebahq_lml", *TOY, "logger=none"]
+    outcome = script("sample", *arguments, "run_dir=run")
+    assert (outcome.code, outcome.err) == (0, "")
+    fetched = {file for _, file in hub.fetched if not file.endswith(".json")}
+    assert fetched == {
+        "unet/diffusion_pytorch_model.safetensors",
+        "vqvae/diffusion_pytorch_model.bin",
+    }
+    local = [*arguments, f"model.path={pipelines / 'celebahq_ldm'}", "run_dir=local"]
+    assert script("sample", *local).code == 0
+    assert (pixels(tmp_path / "run") == pixels(tmp_path / "local")).all()
+
+
+def only_fp16(folder: Path) -> None:
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("harm", "way_out"),
+    [(only_pickled, "use_safetensors=false"), (only_fp16, "variant=fp16")],
+)
+@pytest.mark.parametrize("model", ["sd15", "sd15_canny", "celebahq_ldm", "cifar10_ddpm"])
+def test_weights_that_are_not_asked_for(
+    script, pipelines, tiny_model, prompts, hub, tmp_path, model, harm, way_out
+):
+    """Whatever was fetched, the error names the option that takes what the hub has."""
+    source = {"cifar10_ddpm": tiny_model, "sd15_canny": pipelines / "controlnet"}
+    shutil.copytree(source.get(model, pipelines / model), hub.folder)
+    harm(hub.folder)
+    group, text = "model", prompts if model.startswith("sd15") else []
+    if model == "sd15_canny":
+        group = "model.controlnet"
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "control.png")
+        text = [*text, f"model.path={pipelines / 'sd15'}"]
+        text += [f"model.control_image={tmp_path / 'control.png'}"]
+    arguments = [f"model={model}", *TOY, *text, "run_dir=run"]
+    outcome = script("sample", *arguments, f"{group}.use_safetensors=true")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith(f"{group}.hub_id=") and "hf download" not in outcome.err
+    named = way_out if model != "sd15" else way_out.replace("fp16", "NAME")
+    assert f"{group}.{named} takes" in outcome.err
+    outcome = script("sample", *arguments, f"{group}.{way_out}")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
 @pytest.mark.parametrize("model", ["sd15", "cifar10_ddpm"])
 def test_what_the_hub_answers(script, pipelines, tiny_model, prompts, hub, model):
     """Nobody's name, a license to accept, no such revision."""
@@ -161,14 +221,18 @@ def test_what_the_hub_answers(script, pipelines, tiny_model, prompts, hub, model
         assert outcome.code == 2 and len(outcome.err.splitlines()) == 1, outcome.err
         assert outcome.err.startswith("model.hub_id=") and "model.path=FOLDER" in outcome.err
         assert len(outcome.err) < 500
+        # the hub's answer is no: to ask it again, by another command, is no way out
+        assert "hf download" not in outcome.err
         return outcome.err
 
     hub.refuse = (403, "GatedRepo")
     assert "accept the license on https://huggingface.co/" in line()
     hub.refuse = None
-    assert "404 Client Error. Revision Not Found" in line("model.revision=none")
+    assert "no revision none; model.revision=null is its main branch" in line("model.revision=none")
     hub.unknown = True
-    assert "401 Client Error. Repository Not Found" in line()
+    gone = line()
+    assert "the hub has no such repository, or a private one" in gone
+    assert "a mirror's name as model.hub_id" in gone and "`hf auth login`" in gone
 
 
 def test_the_hub_is_gone(script, pipelines, prompts, hub, monkeypatch):
@@ -213,11 +277,6 @@ def test_files_that_are_not_read_make_no_other_model(pipelines, tmp_path):
     assert other["vae"] == settings(folder)["networks"]["vae"]  # which has no such variant
 
 
-def only_fp16(folder: Path) -> None:
-    for file in list(folder.glob("*/*.safetensors")):
-        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-
-
 def one_fp16(folder: Path) -> None:
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -258,13 +317,6 @@ def test_weights_in_several_files(script, pipelines, prompts, tmp_path, variant)
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
 
 
-def pickle(folder: Path) -> None:
-    for file in list(folder.rglob("*.safetensors")):
-        name = file.name.replace("model", "pytorch_model").replace("pytorch_pytorch", "pytorch")
-        torch.save(load_file(file), file.with_name(name).with_suffix(".bin"))
-        file.unlink()
-
-
 @pytest.mark.parametrize("model", ["cifar10_ddpm", "celebahq_ldm", "sd15_canny"])
 def test_pickled_weights_where_the_user_says_so(
     script, pipelines, tiny_model, prompts, tmp_path, model
@@ -273,9 +325,9 @@ def test_pickled_weights_where_the_user_says_so(
     source = {"cifar10_ddpm": tiny_model, "celebahq_ldm": pipelines / "celebahq_ldm"}
     source = source.get(model, pipelines / "controlnet")
     folder = copy(source, tmp_path / "pickled")
-    pickle(folder)
+    only_pickled(folder)
     key = "model.controlnet" if model == "sd15_canny" else "model"
-    arguments = [f"model={model}", *TOY]
+    arguments = [f"model={model}", *TOY, f"{key}.use_safetensors=true"]
     if model == "sd15_canny":
         Image.new("RGB", (16, 16), "red").save(tmp_path / "control.png")
         arguments += [*prompts, f"model.path={pipelines / 'sd15'}"]
