@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
+from lml.data.assets import locate
 from lml.data.images import read
 from lml.data.prompts import FILE, PromptSet, load
 from lml.data.prompts import read as read_prompts
@@ -183,7 +184,7 @@ class CocoReference:
         if "file_name" not in prompts.entries[0]:
             raise UserError(f"prompts={prompts.source}: layout=coco_reference takes coco14_30k")
         names = [entry["file_name"] for entry in prompts.entries]
-        folder = Path(self.images).expanduser()
+        folder = locate(self.images)
         if not folder.is_dir():
             raise UserError(f"layout.images={self.images}: no such folder")
         missing = sorted(set(names) - {file.name for file in folder.iterdir()})

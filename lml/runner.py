@@ -326,7 +326,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             reference = partial(reference_run, config, device, observer, latents=latents)
             texts = on_first(partial(prompt_sets.find, folder.images))
             again = partial(replay, config, device)
-            context = Context(reference, device, prompts=texts, replay=again)
+            context = Context(reference, device, prompts=texts, replay=again, say=observer.say)
             results = evaluate(folder.images, metrics, context=context)
             _keep(results, folder.path / "metrics.json", observer, config["metrics"], folder.hash)
     return folder.path
@@ -377,7 +377,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         raise UserError(f"out={out}: {out.parent} cannot be written to; give out=FILE elsewhere")
     with joined():
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
-        context = Context(reference, device, config["batch_size"], texts, again)
+        context = Context(reference, device, config["batch_size"], texts, again, observer.say)
         results = evaluate(images, config["metrics"], context=context)
         _keep(results, out, observer, config["metrics"], manifest.get("settings_sha256"))
     return out

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lml.errors import UserError
 
 SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
+# What lies beside images and nobody takes for one.
+NO_IMAGES = (".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt", ".yaml")
+INSIDE = "in sub-folders"
 MODES = ("RGB", "L", "P", "1", "RGBA", "LA")  # the last two where they are opaque
 READERS = 4  # threads that decode
 LATENTS = "latents"  # a folder beside a run's images
 
 
-def read(path: Path) -> Tensor:
+def read(path: Path, upright: bool = False) -> Tensor:
     """The image in `path` as uint8 (3, H, W).
 
+    With `upright` it is turned as its EXIF orientation says; tools that score images don't.
     UserError when it is broken, not 8 bits of grey or RGB, or transparent somewhere.
     """
-    return decode(path, str(path))
+    return decode(path, str(path), upright)
 
 
-def decode(file: Path | io.BytesIO, name: str) -> Tensor:
-    """The image in `file`, called `name` in errors, as uint8 (3, H, W). Errors as for `read`."""
+def decode(file: Path | io.BytesIO, name: str, upright: bool = False) -> Tensor:
+    """The image in `file`, called `name` in errors, as uint8 (3, H, W). Otherwise as `read`."""
     try:
         with Image.open(file) as image:
-            return to_tensor(image, name)
+            return to_tensor(ImageOps.exif_transpose(image) if upright else image, name)
     except UserError:
         raise
     except Exception as error:  # a broken file raises whatever its decoder stumbled on
@@ -72,28 +77,64 @@ def latents_path(image: Path) -> Path:
 class ImageFolder:
     """The images in one folder, sorted by name, all of one size. Nothing is kept in memory.
 
-    `names` are the file names, `size` is (H, W). Raises UserError when there is no such folder,
-    when it holds no images, and, on reading, for a broken file or one of another size. `key` is the
-    configuration key that errors point to.
+    `names` are the file names, `size` is (H, W). `left_out` counts the files that may be images and
+    are not read: by their suffix, or as "in sub-folders". Raises UserError when there is no such
+    folder, when it holds no images, and, on reading, for a broken file or one of another size.
+    `key` is the configuration key that errors point to.
     """
 
+    nested = False  # whether images in folders inside are read, too
+
     def __init__(self, path: str | Path, key: str = "images"):
-        self.path = Path(path)
-        self.names = self._list(key)
+        self.path, self.key = Path(path), key
+        self.names, others = [], []
+        for file in self._files():
+            (self.names if self._is_read(file) else others).append(file.as_posix())
+        self.names.sort()
+        others = sorted(name for name in others if Path(name).suffix.lower() not in NO_IMAGES)
+        self.left_out = Counter(map(self._kind, others))
         if not self.names:
-            raise UserError(f"{key}={path}: no images in it ({', '.join(SUFFIXES)})")
+            reason = f"no images in it ({', '.join(SUFFIXES)})"
+            inside = [name for name in others if self._kind(name) == INSIDE]
+            if others:
+                reason += f"; left out: {self._counts()}"
+            if inside:
+                reason += f", as in {self.path / Path(inside[0]).parent}"
+            raise UserError(f"{key}={path}: {reason}")
         self.size = tuple(self.read(self.names[0]).shape[1:])
 
-    def _list(self, key: str) -> list[str]:
+    def _files(self) -> Iterator[Path]:
+        """All files by their path inside, but for hidden ones."""
         if not self.path.is_dir():
             reason = (
                 "a file; a folder of images is asked" if self.path.exists() else "no such folder"
             )
-            raise UserError(f"{key}={self.path}: {reason}")
-        return sorted(
-            file.name
-            for file in self.path.iterdir()
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+            raise UserError(f"{self.key}={self.path}: {reason}")
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = Path(folder).relative_to(self.path)
+            yield from (inside / name for name in files if not name.startswith("."))
+
+    def _is_read(self, name: Path) -> bool:
+        return name.suffix.lower() in SUFFIXES and (self.nested or len(name.parts) == 1)
+
+    def _kind(self, name: str) -> str:
+        if "/" in name and not self.nested:
+            return INSIDE
+        return Path(name).suffix.lower() or "without a suffix"
+
+    def _counts(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.left_out.items()))
+
+    def describe_left_out(self) -> str | None:
+        """A line that says what is left out, if anything is."""
+        if not self.left_out:
+            return None
+        count = self.left_out.total()
+        files = "1 file is" if count == 1 else f"{count} files are"
+        return (
+            f"{self.key}={self.path}: {len(self)} images ({', '.join(SUFFIXES)}); "
+            f"{files} left out: {self._counts()}"
         )
 
     def __len__(self) -> int:
@@ -154,19 +195,19 @@ class ImageZip(ImageFolder):
     Also raises UserError for a file that is no zip.
     """
 
-    def _list(self, key: str) -> list[str]:
+    nested = True
+
+    def _files(self) -> Iterator[Path]:
         try:
             self.archive = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{key}={self.path}: not a zip file ({reason})") from None
-        names = (Path(name) for name in self.archive.namelist())
-        return sorted(
-            name.as_posix()
-            for name in names
-            if name.suffix.lower() in SUFFIXES
-            and not any(part.startswith((".", "__MACOSX")) for part in name.parts)
-        )
+            raise UserError(f"{self.key}={self.path}: not a zip file ({reason})") from None
+        for entry in self.archive.infolist():
+            name = Path(entry.filename)
+            hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
+            if not (hidden or entry.is_dir()):
+                yield name
 
     def read(self, name: str) -> Tensor:
         try:

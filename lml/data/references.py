@@ -165,6 +165,8 @@ class Reference:
         if statistics is not None:
             images = statistics.protocol["images"]
             facts = {"count": images["count"], "sha256": images["sha256"]}
+        if left_out := getattr(self.images, "left_out", None):
+            facts["left_out"] = left_out.total()
         return {"source": self.source, **facts, "size": list(self.size)}
 
     def statistics(self) -> ReferenceStatistics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from lml.instances import make
 from lml.pipelines.trajectory import Replay
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 @dataclass
 class Context:
     """What metrics may need beside the images.
@@ -31,7 +36,7 @@ class Context:
     `reference_run(nfe=…, solver=…)` repeats the run at hand with that many evaluations of that
     solver, from the same noise, and returns its folder of images; None for images without a run.
     `prompts` are those of the images, in the order of their sorted names. `replay(count)` makes
-    the run's first images again and shows the way that they take.
+    the run's first images again and shows the way that they take. `say` is given lines to be read.
     """
 
     reference_run: Callable[..., Path] | None = None
@@ -39,6 +44,7 @@ class Context:
     batch_size: int = 256  # in whole batches of 64, which is what Inception sees
     prompts: list[str] | None = None
     replay: Callable[[int], Replay] | None = None
+    say: Callable[[str], None] = _say
 
 
 def build(metrics: Mapping[str, Any]) -> dict[str, Metric]:
@@ -153,6 +159,9 @@ def evaluate(
     scoring = {name: m for name, m in made.items() if name not in replayed}
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    if rank == 0:
+        for line in _left_out(folder, made):
+            context.say(line)
     error = None
     try:
         for name, metric in replayed.items():
@@ -178,6 +187,7 @@ def evaluate(
     _raise_together(error)
 
     results = {}
+    left_out = {"left_out": folder.left_out.total()} if folder.left_out else {}
     for name, metric in made.items():
         start = time.perf_counter()
         value = _floats(metric.compute())
@@ -192,7 +202,7 @@ def evaluate(
             protocol = {**protocol, "prompts_sha256": digest}
         results[name] = {
             "value": value,
-            "protocol": {**protocol, "images": len(folder)},
+            "protocol": {**protocol, "images": len(folder), **left_out},
             "seconds": round(seconds[name], 3),
             **steps,
         }
@@ -201,6 +211,18 @@ def evaluate(
                 f"{len(folder)} images; the protocol asks for {metric.num_images}"
             )
     return results
+
+
+def _left_out(folder: ImageFolder, metrics: Mapping[str, Metric]) -> list[str]:
+    """What files are left out of the images and of the sets that they are compared with."""
+    references = (getattr(metric, "reference", None) for metric in metrics.values())
+    sets = [folder, *(getattr(reference, "images", None) for reference in references)]
+    lines = {
+        images.path: images.describe_left_out()
+        for images in sets
+        if isinstance(images, ImageFolder)
+    }
+    return [line for line in lines.values() if line]
 
 
 def _paired(folder: ImageFolder, path: Path, name: str) -> ImageFolder:

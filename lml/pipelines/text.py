@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from lml.data.assets import locate
 from lml.data.images import read
 from lml.errors import UserError
 from lml.pipelines import loading
@@ -377,10 +378,11 @@ def _image_hash(path: str | None) -> str:
 def _read_control(path: str | None) -> Tensor:
     if path is None:
         raise UserError("model.control_image=null: the image that the ControlNet follows is asked")
-    if not Path(path).expanduser().is_file():
+    file = locate(path)
+    if not file.is_file():
         raise UserError(f"model.control_image={path}: no such file")
     try:
-        return read(Path(path).expanduser())
+        return read(file, upright=True)  # as diffusers.utils.load_image reads it
     except UserError as error:
         raise UserError(f"model.control_image={error}") from None
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import load_image
 from PIL import Image
 
 from lml.data.assets import ROOT, locate
-from lml.data.images import ImageFolder
+from lml.data.images import ImageFolder, ImageZip, read
 from lml.errors import UserError
 
 
@@ -128,3 +131,92 @@ def test_locate_prefers_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "lml").mkdir()
     (tmp_path / "lml/errors.py").touch()
     assert locate("lml/errors.py").resolve() == tmp_path.resolve() / "lml/errors.py"
+
+
+def test_locate_of_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    assert locate("~/a") == tmp_path / "a"
+    assert not locate("~nobody-of-this-name/a").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_only_what_a_model_follows_is_turned_upright(tmp_path, pixels, suffix, orientation):
+    """As diffusers turns it; sets that are compared stay as they are stored, as in FID's tools."""
+    file, plain = tmp_path / f"turned{suffix}", tmp_path / f"plain{suffix}"
+    image, exif = Image.fromarray(pixels[0]), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(file, exif=exif)
+    image.save(plain)
+    turned = torch.from_numpy(np.array(load_image(str(file)))).permute(2, 0, 1)
+    assert torch.equal(read(file, upright=True), turned)
+    stored = torch.from_numpy(np.array(Image.open(plain))).permute(2, 0, 1)
+    assert torch.equal(turned, stored) == (orientation == 1)
+    assert torch.equal(read(file), stored)
+    assert torch.equal(ImageFolder(tmp_path).load([file.name])[0], stored)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(file, file.name)
+    assert torch.equal(ImageZip(tmp_path / "images.zip").load([file.name])[0], stored)
+
+
+# --- what is left out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        (["a.gif"], "1 file is left out: 1 .gif"),
+        (["a.GIF", "b.gif"], "2 files are left out: 2 .gif"),
+        (["a.tif", "b.tiff", "c.jfif"], "3 files are left out: 1 .jfif, 1 .tif, 1 .tiff"),
+        (["a.heic", "b.npy", "c"], "3 files are left out: 1 .heic, 1 .npy, 1 without a suffix"),
+        (["in/a.png"], "1 file is left out: 1 in sub-folders"),
+        (["in/a.png", "in/deep/b.gif"], "2 files are left out: 2 in sub-folders"),
+        (["a.gif", "in/a.jpg", "in/notes.txt"], "2 files are left out: 1 .gif, 1 in sub-folders"),
+    ],
+    ids=" ".join,
+)
+def test_files_that_are_left_out_are_counted(folder, others, says):
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("an image of some kind")
+    images = ImageFolder(folder, "reference")
+    assert images.names == [f"{index:03d}.png" for index in range(5)]
+    assert images.left_out.total() == sum(not name.endswith(".txt") for name in others)
+    line = images.describe_left_out()
+    assert line.startswith(f"reference={folder}: 5 images (.png, ") and line.endswith(says)
+
+
+def test_what_nobody_takes_for_an_image_is_not_counted(folder):
+    for name in ("metrics.json", "Thumbs.db", ".hidden.gif", ".git/a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "empty").mkdir()
+    images = ImageFolder(folder)
+    assert not images.left_out and images.describe_left_out() is None
+
+
+def test_a_zip_counts_what_it_leaves_out_too(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("in/", "")
+        archive.write(folder / "000.png", "in/000.png")
+        for name in ("in/a.gif", "b.jfif", "labels.json", "__MACOSX/in/a.gif"):
+            archive.writestr(name, "something")
+    images = ImageZip(tmp_path / "images.zip")
+    assert images.names == ["in/000.png"]
+    assert images.describe_left_out().endswith("2 files are left out: 1 .gif, 1 .jfif")
+
+
+def test_a_folder_whose_images_are_in_sub_folders(folder, tmp_path):
+    (tmp_path / "sets/test").mkdir(parents=True)
+    (folder / "000.png").rename(tmp_path / "sets/test/000.png")
+    (folder / "001.png").rename(tmp_path / "sets/test/001.png")
+    message = (
+        rf"^reference={tmp_path / 'sets'}: no images in it .*left out: 2 in sub-folders, as in "
+    )
+    with pytest.raises(UserError, match=rf"{message}{tmp_path / 'sets/test'}$"):
+        ImageFolder(tmp_path / "sets", "reference")
+    (tmp_path / "gifs").mkdir()
+    (tmp_path / "gifs/a.gif").touch()
+    with pytest.raises(UserError, match=r"no images in it \(.*\); left out: 1 \.gif$"):
+        ImageFolder(tmp_path / "gifs")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from torchmetrics import Metric
 
 from lml.data.images import ImageFolder
 from lml.data.prompts import text
+from lml.data.references import Reference
 from lml.data.statistics import make_reference
 from lml.errors import UserError
 from lml.metrics.convergence import Convergence
@@ -24,6 +26,7 @@ from lml.metrics.features import FeatureNetwork
 from lml.metrics.frechet import load_features
 
 ROOT = Path(__file__).parents[2]
+FD_CIFAR = {"features": "features", "reference": "fd.npz"}
 
 
 class MeanPixel(Metric):
@@ -371,3 +374,57 @@ def test_scores_that_cannot_be_written(script, data, tmp_path):
     outcome = script("evaluate", "images=images", *metric, "out=scores.json")
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
     assert "fd_cifar" in outcome.out  # what took the time is not lost
+
+
+class Compared(MeanPixel):
+    """With a reference set of images, as anybody may bring one."""
+
+    def __init__(self, reference):
+        super().__init__()
+        self.reference = Reference(reference, torch.nn.Identity(), "metrics.compared.reference")
+        self.protocol = {"reference": self.reference.describe()}
+
+
+@pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
+def test_files_that_are_left_out_are_said_and_in_the_protocol(tmp_path, as_zip):
+    pixels = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    images, reference = write(tmp_path / "images", pixels), write(tmp_path / "theirs", pixels)
+    (images / "a.gif").touch()
+    (reference / "b.tiff").touch()
+    (reference / "c.jfif").touch()
+    if as_zip:
+        reference = Path(shutil.make_archive(str(reference), "zip", reference))
+    lines = []
+    metrics = {"compared": Compared(reference), "again": Compared(reference), "mean": MeanPixel()}
+    results = evaluate(images, metrics, context=Context(say=lines.append))
+    assert [line.split(": ")[0] for line in lines] == [
+        f"images={images}",
+        f"metrics.compared.reference={reference}",
+    ]
+    assert lines[0].endswith("; 1 file is left out: 1 .gif")
+    assert lines[1].endswith("; 2 files are left out: 1 .jfif, 1 .tiff")
+    assert {result["protocol"]["left_out"] for result in results.values()} == {1}
+    assert results["compared"]["protocol"]["reference"]["left_out"] == 2
+
+
+def test_nothing_is_said_where_nothing_is_left_out(data, capfd):
+    result = evaluate(data / "images", {"mean": MeanPixel()})["mean"]
+    assert capfd.readouterr().err == "" and "left_out" not in result["protocol"]
+
+
+def test_what_is_left_out_is_a_line_on_stderr(script, data, tmp_path):
+    images = Path(shutil.copytree(data / "images", tmp_path / "images"))
+    arguments = [f"images={images}", "metrics=fd_cifar", "threads=1"]
+    arguments += [f"metrics.fd_cifar.{key}={data / name}" for key, name in FD_CIFAR.items()]
+    assert script("evaluate", *arguments).err == ""
+    (images / "in").mkdir()
+    (images / "in/a.png").touch()
+    (images / "b.gif").touch()
+    outcome = script("evaluate", *arguments)  # beside the metrics.json of the first time
+    assert outcome.code == 0 and outcome.err.count("\n") == 1
+    assert outcome.err.endswith(
+        "23 images (.png, .bmp, .webp, .jpg, .jpeg); 2 files are left out: "
+        "1 .gif, 1 in sub-folders\n"
+    )
+    written = json.loads((images / "metrics.json").read_text())
+    assert written["fd_cifar"]["protocol"]["left_out"] == 2

@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import load_image
 from PIL import Image
 
 from lml import schedulers
@@ -178,6 +179,18 @@ def test_another_control_image_is_another_run(script, prompts, control, tmp_path
     Image.new("RGB", (16, 16)).save(tmp_path / "edges.png")
     outcome = script("sample", *control, *prompts)
     assert outcome.code == 2 and "control_image" in outcome.err
+
+
+def test_a_control_image_is_turned_as_diffusers_turns_it(script, prompts, control, tmp_path):
+    """Stored lying, with the EXIF orientation of a camera that was held upright."""
+    pixels = np.asarray(Image.open(tmp_path / "edges.png"))
+    assert script("sample", *control, *prompts).code == 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "edges.png", exif=exif)
+    assert (np.asarray(load_image(str(tmp_path / "edges.png"))) == pixels).all()
+    outcome = script("sample", *control, *prompts)
+    assert outcome.code == 0 and "all were there" in outcome.out  # the very same run
 
 
 def not_an_image(path: Path) -> None:
