@@ -420,11 +420,11 @@ def test_what_is_left_out_is_a_line_on_stderr(script, data, tmp_path):
     (images / "in").mkdir()
     (images / "in/a.png").touch()
     (images / "b.gif").touch()
-    outcome = script("evaluate", *arguments)  # beside the metrics.json of the first time
+    outcome = script("evaluate", *arguments)
     assert outcome.code == 0 and outcome.err.count("\n") == 1
     assert outcome.err.endswith(
         "23 images (.png, .bmp, .webp, .jpg, .jpeg); 2 files are left out: "
         "1 .gif, 1 in sub-folders\n"
     )
-    written = json.loads((images / "metrics.json").read_text())
+    written = json.loads((tmp_path / "images.metrics.json").read_text())
     assert written["fd_cifar"]["protocol"]["left_out"] == 2
