@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -83,18 +84,21 @@ class WandbLogger(Logger):
     @staticmethod
     def _start(settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> Any:
         import wandb
+        from pydantic import ValidationError
 
-        mode = settings["mode"]
-        return wandb.init(
-            project=settings["project"],
-            entity=settings["entity"],
-            group=settings["group"],
-            tags=settings["tags"],
-            mode=("online" if has_key() else "offline") if mode == "auto" else mode,
-            name=name,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
-        )
+        asked = {key: settings[key] for key in ("project", "entity", "group", "tags")}
+        if settings["mode"] != "auto":
+            asked["mode"] = settings["mode"]
+        try:
+            # What the config leaves open is as W&B's own variables and files have it.
+            theirs = wandb.setup().settings
+            ours = {"run_name": name, "silent": True, "init_timeout": 30}
+            ours["mode"] = "online" if has_key(theirs.base_url) else "offline"
+            ours = {key: ours[key] for key in ours.keys() - theirs.model_fields_set}
+            return wandb.init(**asked, config=dict(config), settings=wandb.Settings(**ours))
+        except ValidationError as error:  # of a variable, or of the config
+            wrong = error.errors()[0]
+            raise ValueError(f"{wrong['loc'][0]}={wrong['input']}: {wrong['msg']}") from None
 
     def _try(self, action: Any, *args: Any) -> Any:
         if action != self._start and self.run is None:
@@ -107,14 +111,16 @@ class WandbLogger(Logger):
             self.run = None
 
 
-def has_key() -> bool:
-    """Whether there is a W&B key, in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
+def has_key(url: str) -> bool:
+    """Whether there is a key for the W&B at `url`, in the environment or in netrc's file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
-        return any("wandb" in host for host in netrc().hosts)
+        # by its name, as W&B does: Python's own default refuses a file that others may read
+        hosts = netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")).hosts
     except (OSError, NetrcParseError):
         return False
+    return any(host == urlsplit(url).hostname or "wandb" in host for host in hosts)
 
 
 class Tracker(Observer):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import signal
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,14 +126,48 @@ def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monk
     assert (tmp_path / "run/manifest.json").exists()
 
 
+# --- Weights & Biases --------------------------------------------------------------------------
+
+
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
     module = pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for variable in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    return module
+    monkeypatch.chdir(tmp_path)
+    module.teardown()  # it reads its variables once
+    yield module
+    module.teardown()
+
+
+@pytest.fixture
+def started(script, toy, wandb, monkeypatch):
+    """`started(*arguments)`: the settings that W&B starts with, before it would connect."""
+
+    def start(*arguments: str):
+        seen = []
+
+        def init(settings, config, **given):
+            names = {"group": "run_group", "name": "run_name", "tags": "run_tags"}
+            merged = wandb.setup().settings.model_copy()
+            for key, value in given.items():
+                if value is not None:
+                    value = tuple(value) if key == "tags" else value
+                    setattr(settings, names.get(key, key), value)
+            merged.update_from_settings(settings)
+            seen.append(merged)
+            return SimpleNamespace(log=print, finish=lambda exit_code: None)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(wandb, "init", init)
+            outcome = script("sample", *toy, "logger=wandb", "run_dir=run", *arguments)
+        assert outcome.code == 0
+        return seen[0] if seen else outcome.err
+
+    return start
 
 
 def test_wandb_is_offline_without_a_key_and_always_finished(
@@ -171,6 +208,108 @@ def test_a_wandb_that_fails_is_one_warning(script, toy, tmp_path, wandb, monkeyp
     assert outcome.code == 0
     assert outcome.err == "logger=wandb: no network; the run goes on without it\n"
     assert json.loads((tmp_path / "run/manifest.json").read_text())["complete"]
+
+
+# All that the installed W&B knows, those with a key would be "online" without the variable.
+@pytest.mark.parametrize("mode", ["online", "offline", "shared", "disabled", "dryrun", "run"])
+@pytest.mark.parametrize("key", ["", "a" * 40])
+def test_the_variable_of_wandbs_mode_wins_over_auto(started, monkeypatch, mode, key):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    assert started().mode == mode
+
+
+def test_wandbs_mode_in_the_config_wins_over_the_variable(started, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert started("logger.mode=offline").mode == "offline"
+
+
+def test_the_mode_that_wandb_was_put_into_wins_over_auto(started, tmp_path, monkeypatch):
+    """As `wandb offline` writes it."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text("[default]\nmode = offline\n")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert started().mode == "offline"
+
+
+def with_key(folder: Path) -> dict[str, str]:
+    return {"WANDB_API_KEY": "a" * 40}
+
+
+def with_netrc(folder: Path) -> dict[str, str]:
+    (folder / ".netrc").touch(0o644)  # which Python's netrc would not read, and W&B does
+    (folder / ".netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
+    return {}
+
+
+def with_another_netrc(folder: Path) -> dict[str, str]:
+    (folder / "keys").write_text("machine api.wandb.ai login user password " + "a" * 40)
+    return {"NETRC": str(folder / "keys")}
+
+
+def with_a_server(folder: Path) -> dict[str, str]:
+    (folder / ".netrc").write_text("machine logs.example.org login user password " + "a" * 40)
+    return {"WANDB_BASE_URL": "https://logs.example.org"}
+
+
+def with_a_token(folder: Path) -> dict[str, str]:
+    (folder / "token").write_text("token")
+    return {"WANDB_IDENTITY_TOKEN_FILE": str(folder / "token")}
+
+
+def with_anothers_key(folder: Path) -> dict[str, str]:
+    (folder / ".netrc").write_text("machine github.com login user password " + "a" * 40)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("give", "mode"),
+    [
+        (lambda folder: {}, "offline"),
+        (with_key, "online"),
+        (with_netrc, "online"),
+        (with_another_netrc, "online"),
+        (with_a_server, "online"),
+        (with_a_token, "online"),
+        (with_anothers_key, "offline"),
+    ],
+)
+def test_auto_is_online_where_there_is_a_key(started, tmp_path, monkeypatch, give, mode):
+    for variable, value in give(tmp_path).items():
+        monkeypatch.setenv(variable, value)
+    assert started().mode == mode
+
+
+def test_other_variables_of_wandb_win_over_our_defaults(started, monkeypatch):
+    plain = started()
+    assert (plain.project, plain.run_name, plain.init_timeout) == ("lml", "cifar10-dpmsolverpp", 30)
+    variables = {"PROJECT": "p", "NAME": "n", "TAGS": "a,b", "RUN_GROUP": "g", "ENTITY": "e"}
+    for name, value in {**variables, "INIT_TIMEOUT": "5", "SILENT": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    sys.modules["wandb"].teardown()
+    theirs = started()
+    assert (theirs.project, theirs.run_name, theirs.run_tags) == ("p", "n", ("a", "b"))
+    assert (theirs.run_group, theirs.entity) == ("g", "e")
+    assert (theirs.init_timeout, theirs.silent) == (5, False)
+    given = started("logger.project=q", "logger.tags=[c]", "logger.group=h", "logger.entity=f")
+    assert (given.project, given.run_tags, given.run_group, given.entity) == ("q", ("c",), "h", "f")
+
+
+@pytest.mark.parametrize("where", ["variable", "config"])
+def test_a_mode_that_wandb_does_not_know_is_one_warning(script, toy, wandb, monkeypatch, where):
+    arguments = ["logger.mode=ofline"] if where == "config" else []
+    if where == "variable":
+        monkeypatch.setenv("WANDB_MODE", "ofline")
+    outcome = script("sample", *toy, "logger=wandb", *arguments)
+    assert outcome.code == 0 and outcome.err.count("\n") == 1
+    assert re.match(r"logger=wandb: mode=ofline: .*offline.*; the run goes on", outcome.err)
+
+
+def test_wandb_disabled_by_its_variable_writes_nothing(script, toy, tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    outcome = script("sample", *toy, "logger=wandb")
+    assert (outcome.code, outcome.err) == (0, "") and not list(tmp_path.glob("wandb/*run-*"))
 
 
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch, capfd):
