@@ -7,20 +7,24 @@ import functools
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lml.data.assets import ROOT
@@ -30,6 +34,12 @@ CONFIGS = ROOT / "configs"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 # The extras of setup.cfg that bring Hydra's launchers and sweepers.
 EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
+# Keys whose values are paths. Of some the place counts: budget.images is a number.
+PATHS = re.compile(
+    r"run_dir|runs|out|images|layout\.images|metrics\.[^.]+\.model"
+    r"|(.+\.)?(control_image|features|file|path|reference|tokenizer|weights)"
+)
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What is said in one line.
 EXPECTED = (UserError, HydraException, OmegaConfBaseException)
 
@@ -81,7 +91,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
         if os.getpid() != process:
             return _run_elsewhere(task, cfg, here, arguments)
         try:
-            _check_complete(cfg)
+            _complete(cfg)
             return task(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -95,7 +105,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
                 say(explain(error))
 
     try:
-        with _plugins(failed, makes_runs):
+        with _plugins(failed, makes_runs), _arguments():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
         # torchrun ends the others as soon as one has ended, which may cut short the way out of an
@@ -125,6 +135,81 @@ def _interrupt(number: int, frame: object) -> None:
     raise Interrupted(number)
 
 
+# --- what was typed ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _arguments() -> Iterator[None]:
+    """Let Hydra take overrides on both sides of its options, and say in one line what it can't."""
+    module = sys.modules[hydra.main.__module__]
+    make_parser = module.get_args_parser
+
+    def refuse(message: str) -> None:
+        raise UserError(message)
+
+    def get_args_parser() -> ArgumentParser:
+        parser = make_parser()
+        parser.parse_args, parser.error = parser.parse_intermixed_args, refuse
+        return parser
+
+    module.get_args_parser = get_args_parser
+    try:
+        yield
+    finally:
+        module.get_args_parser = make_parser
+
+
+def _complete(cfg: DictConfig) -> None:
+    """Resolve `cfg`, with `~` in its paths the home folder. UserError where a value is missing."""
+    OmegaConf.resolve(cfg)
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{key}=???: a value is needed")
+    _complete_paths(cfg, "")
+
+
+def _complete_paths(node: DictConfig | ListConfig, prefix: str) -> None:
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        name, value = f"{prefix}{key}", node[key]
+        is_path = PATHS.fullmatch(name)
+        if isinstance(value, DictConfig) or (isinstance(value, ListConfig) and not is_path):
+            _complete_paths(value, f"{name}.")
+        elif is_path and isinstance(value, str):
+            node[key] = os.path.expanduser(value)
+        elif is_path and value is not None:
+            # 2024_10 is the number 202410 to Hydra: what was meant is lost by now
+            typed = _typed(f"{name}={_quoted(str(value))}")
+            raise UserError(
+                f"{name}={value}: a path is asked; one that reads as anything else is quoted, "
+                f"as in {typed}"
+            )
+
+
+def _quoted(text: str) -> str:
+    """`text` as a value that Hydra takes as it is."""
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def _typed(word: str) -> str:
+    """`word` as it is typed in a shell, on one line."""
+    if not CONTROL.search(word):
+        return shlex.quote(word)
+    word = re.sub(r"[\\']", r"\\\g<0>", word)
+    word = CONTROL.sub(lambda match: rf"\x{ord(match[0]):02x}", word)
+    return f"$'{word}'"
+
+
+def _suggest(override: str) -> str | None:
+    """How `override` is typed so that its value is taken as it is; None if it never is."""
+    key, equal, value = override.partition("=")
+    quoted = f"{key}={_quoted(value)}"
+    try:
+        text = OverridesParser.create().parse_override(quoted).value()
+        OmegaConf.create({"value": text})  # which refuses half an interpolation
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return _typed(quoted) if key and equal else None
+
+
 # --- sweeps in other processes -----------------------------------------------------------------
 
 
@@ -135,7 +220,7 @@ def _run_elsewhere(
     try:
         os.chdir(here)
         sys.argv = arguments  # the run's record of its command line
-        _check_complete(cfg)
+        _complete(cfg)
         return task(cfg)
     except Exception as error:
         reason = explain(error)
@@ -183,7 +268,7 @@ class _Sweeper:
 
         def compose(overrides: Sequence[str]) -> dict[str, Any]:
             cfg = _without_hydra(loader.load_sweep_config(config, list(overrides)))
-            _check_complete(cfg)
+            _complete(cfg)
             return OmegaConf.to_container(cfg, resolve=True)
 
         choices, options = config.hydra.runtime.choices, config.hydra.sweeper
@@ -352,17 +437,29 @@ def explain(error: Exception) -> str:
             return f"{override}: {key.rpartition('.')[0]} has no keys"
         return f"{override}: unknown key; nearest: {nearest(key.split('.')[-1], choices)}"
     if isinstance(error, OverrideParseException):
-        reason = text.replace("Error parsing override", "").splitlines()
-        reason = next(line.strip() for line in reason if line.strip(" '") != error.override)
-        return f"{error.override}: KEY=VALUE is asked ({reason})"
-    if match := re.search(r"Ambiguous value for argument '(.+)'", text):
-        return f"{match[1]}: one value, a list in [], or a sweep with --multirun is asked"
+        return _explain_override(error.override, text)
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
+        asked = "one value, a list in [], or a sweep with --multirun is asked"
+        return f"{match[1]}: {asked}; a text with a comma is quoted: {_suggest(match[1])}"
     if text.startswith("Config group override must be"):
         overrides = [a for a in sys.argv[1:] if (CONFIGS / a.split("=")[0]).is_dir()]
         return f"{' '.join(overrides)}: {text}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {_first_line(error)}"
     return _first_line(error) or _first_line(cause)
+
+
+def _explain_override(override: str, text: str) -> str:
+    shown = _typed(override) if CONTROL.search(override) else override
+    typed = _suggest(override)
+    quoted = f"; a text with such characters is quoted: {typed}" if typed else ""
+    reason = ""
+    # of brackets that do not close, and functions that are none, Hydra says what is wrong with them
+    if not typed or re.search(r"[\[{(]", override):
+        lines = [line.strip(" ^") for line in text.splitlines() if override not in line]
+        lines = [line for line in lines if line and not line.startswith(("Lexer", "See "))]
+        reason = f" ({lines[0]})" if lines else ""
+    return f"{shown}: KEY=VALUE is asked{reason}{quoted}"
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -6,12 +6,16 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from lml import cli, runner, tracking
 from lml.data.assets import ROOT
@@ -124,6 +128,219 @@ def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monk
     outcome = script("sample", *toy, "run_dir=run")
     assert outcome.code == 130 and "interrupted: 10 of 10 images stored" in outcome.err
     assert (tmp_path / "run/manifest.json").exists()
+
+
+# --- what was typed ----------------------------------------------------------------------------
+
+# Two overrides of each script, and what it cannot do without.
+OVERRIDES = {
+    "benchmark": ("threads=3", "nfe=7"),
+    "evaluate": ("threads=3", "batch_size=7"),
+    "export": ("run_dir=there", "out=here", "layout=t2i_compbench"),
+    "sample": ("threads=3", "nfe=7"),
+    "tabulate": ("threads=3", "nfe=7"),
+    "train": ("threads=3", "device=cpu"),
+}
+
+
+@pytest.fixture
+def composed(monkeypatch, tmp_path, script):
+    """`composed("sample", *arguments)`: the configs that the body of a script is given."""
+
+    def run(name: str, *arguments: str) -> list[dict]:
+        seen = []
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            cli.main(name)(lambda cfg: seen.append(OmegaConf.to_container(cfg)))()
+        assert end.value.code == 0
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_an_option_stands_before_between_or_after_overrides(script, tmp_path, name, place):
+    assert set(OVERRIDES) == {file.stem for file in (ROOT / "scripts").glob("*.py")}
+    (tmp_path / "more").mkdir()
+    arguments = list(OVERRIDES[name])
+    arguments[place:place] = ["--config-dir", "more", "-c", "job"]
+    outcome = script(name, *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    for override in OVERRIDES[name][:2]:
+        assert f"{override.replace('=', ': ')}\n" in outcome.out
+    arguments = list(OVERRIDES[name])
+    arguments[place:place] = ["--help"]
+    outcome = script(name, *arguments)
+    assert not outcome.code and "== Config ==" in outcome.out and not outcome.err
+    arguments[place] = "--multirum"
+    outcome = script(name, *arguments)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith("unrecognized arguments: --multirum")
+
+
+@pytest.mark.parametrize("name", [name for name in OVERRIDES if name != "sample"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_sweep_takes_overrides_on_both_sides_of_its_option(composed, name, place):
+    first, *others = OVERRIDES[name]
+    arguments = [f"{first},{first.split('=')[1]}", *others]
+    arguments.insert(place, "-m")
+    seen = composed(name, *arguments)
+    assert len(seen) == 2 and seen[0] == seen[1] == composed(name, first, *others)[0]
+
+
+def test_a_sweep_of_runs_takes_overrides_on_both_sides_of_its_option(script, toy, tmp_path):
+    outcome = script("sample", *toy, "seed=0,1", "-m", "lml.rank=1,2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(list(tmp_path.glob("outputs/*/*/manifest.json"))) == 4
+    outcome = script("sample", *toy, "seed=0,1", "--multirun", "lml.rank=1,2")
+    assert (outcome.code, outcome.err) == (0, "") and "1 cell" not in outcome.out
+
+
+# What Hydra's grammar refuses, or takes for something else than a text.
+TEXTS = [
+    *("out=1", "=", "a=", "=a", "a=b=c"),
+    *("データ", "é", "Übung", "a—b", "😀"),
+    *("~", "~/x", "~someone/x", "a~b"),
+    *("a#b", "#", "a!b", "a&b", "a;b", "a<b>c", "a^b", "a`b`", "a§b"),
+    *("a(1)", "a (copy)", "(", ")", "f(x)", "int(x)"),
+    *("a,b", "1,2", ",", "a, b", "range(1,3)", "choice(a,b)"),
+    *('a"b', "it's", '"', "'", "\\'", '\\"#', "a#\\", "'a' \"b\""),
+    *("{a", "a}", "{a}", "a{b}", "[a", "a]", "a[1]", "[1]]"),
+    *("a\tb#", "a\nb", "a\x1b[0m'\\"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_a_text_that_hydra_refuses_is_shown_quoted(script, composed, tmp_path, monkeypatch, text):
+    """As it is typed in a shell, which then gives that very text."""
+    outcome = script("evaluate", f"out={text}", "images=nowhere", "batch_size=0")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "Lexer" not in outcome.err and "mismatched" not in outcome.err.split("is quoted")[0][:20]
+    typed = outcome.err.rstrip("\n").partition(" is quoted: ")[2]
+    command = ["bash", "-c", f"printf '%s\\0' {typed}"]
+    word, end = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
+        "\0"
+    )
+    assert word.startswith("out=") and not end
+    assert OverridesParser.create().parse_override(word).value() == text
+    monkeypatch.setenv("HOME", "/home/me")
+    assert composed("evaluate", word)[0]["out"] == os.path.expanduser(text)
+
+
+# No key, no value, or half an interpolation, which OmegaConf takes for no text.
+@pytest.mark.parametrize(
+    "override", ["データ=1", "out", "a b=1", "=a#b", "out put=a#b", "out=a${b", "out=${a#"]
+)
+def test_where_no_quotes_help_none_are_shown(script, override):
+    outcome = script("evaluate", override)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "KEY=VALUE is asked" in outcome.err and "quoted" not in outcome.err
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+KEYS = [
+    ("sample", "run_dir"),
+    ("sample", "reference"),
+    ("sample", "model.path"),
+    ("sample", "model.network.path", "model=ideal_cifar10"),
+    ("sample", "model.controlnet.path", "model=sd15_canny"),
+    ("sample", "model.control_image", "model=sd15_canny"),
+    ("sample", "prompts.file", "prompts=text"),
+    ("sample", "prompts.file", "prompts=table"),
+    ("sample", "prompts.file", "prompts=coco14_30k"),
+    ("sample", "prompts.path", "prompts=t2i_compbench"),
+    ("sample", "metrics.fd_cifar.features"),
+    ("sample", "metrics.fd_cifar.reference"),
+    ("sample", "metrics.fid.weights", "metrics=fid"),
+    ("sample", "metrics.convergence.reference", "metrics=convergence"),
+    ("sample", "metrics.clip_score.model", "metrics=clip_score"),
+    ("sample", "metrics.cmmd.model", "metrics=cmmd"),
+    ("sample", "metrics.fd_dinov2.model", "metrics=fd_dinov2"),
+    ("sample", "metrics.image_reward.weights", "metrics=image_reward"),
+    ("sample", "metrics.image_reward.tokenizer", "metrics=image_reward"),
+    ("evaluate", "run_dir"),
+    ("evaluate", "images"),
+    ("evaluate", "reference"),
+    ("evaluate", "out"),
+    ("export", "run_dir", "out=x"),
+    ("export", "out"),
+    ("export", "layout.images", "layout=coco_reference", "out=x"),
+    ("tabulate", "runs"),
+    ("tabulate", "out"),
+    ("train", "run_dir"),
+    ("train", "run_dir", "train=features"),
+    ("train", "data.path"),
+    ("benchmark", "out"),
+]
+
+
+def value_at(cfg: dict, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+@pytest.mark.parametrize(("name", "key", "others"), [(n, k, o) for n, k, *o in KEYS])
+def test_a_home_folder_in_every_path(composed, script, monkeypatch, name, key, others):
+    monkeypatch.setenv("HOME", "/home/me")
+    others = ["layout=t2i_compbench", *others] if name == "export" else others
+    (cfg,) = composed(name, *others, f'{key}="~/x"')
+    assert value_at(cfg, key) == "/home/me/x"
+    outcome = script(name, *others, f"{key}=2024_10")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith(f"{key}=202410: a path is asked")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("~", "/home/me"), ("~/", "/home/me/"), ("x/~", "x/~"), ("~nobody-at-all", "~nobody-at-all")],
+)
+def test_a_tilde_is_what_it_is_in_a_shell(composed, monkeypatch, text, path):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert composed("evaluate", f'out="{text}"')[0]["out"] == path
+
+
+@pytest.mark.parametrize("value", ["7", "2024_10", "1e3", "1.10", "true", "[a]", "[a,b]"])
+def test_what_reads_as_no_text_is_no_path(script, composed, value):
+    """Else 2024_10 would be the folder 202410, and 1.10 the folder 1.1."""
+    outcome = script("evaluate", f"images={value}")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert ": a path is asked; one that reads as anything else is quoted" in outcome.err
+    (typed,) = shlex.split(outcome.err.rpartition(" as in ")[2])
+    (cfg,) = composed("evaluate", typed)
+    assert outcome.err.startswith(f"images={cfg['images']}: ")
+
+
+def test_every_key_of_a_path_is_one_of_those():
+    """By what the configs say of their keys."""
+    about = re.compile(r"^ *(\w+):.*#.*\b(folder|file|path|FOLDER|FILE)\b", re.M)
+    texts = [file.read_text() for file in cli.CONFIGS.rglob("*.yaml")]
+    found = {match[1] for text in texts for match in about.finditer(text)}
+    # what is said of files that another key gives; `model` is one of a metric alone
+    others = {"hub_id", "model", "name", "overwrite", "scheduler"}
+    assert {key for key in found if not cli.PATHS.fullmatch(key)} == others
+
+
+def test_the_home_folder_is_where_runs_and_scores_are(script, toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert script("sample", *toy, 'run_dir="~/run"').code == 0
+    outcome = script("sample", "-m", *toy, 'run_dir="~/a","~/b"')
+    assert (outcome.code, outcome.err) == (0, "")
+    assert {f.name for f in (tmp_path / "home").iterdir()} == {"run", "a", "b"}
+    arguments = ['run_dir="~/run"', 'out="~/out.json"', "metrics=convergence", "threads=1"]
+    arguments += ["metrics.convergence.nfe=5"]
+    assert script("evaluate", *arguments).code == 0
+    assert (tmp_path / "home/out.json").exists() and not (tmp_path / "~").exists()
+
+
+def test_a_text_with_a_tilde_that_is_no_path_stays(composed, monkeypatch):
+    arguments = ["model=sd15", 'model.negative_prompt="~/x"', 'name="~/x"']
+    (cfg,) = composed("sample", *arguments)
+    assert cfg["model"]["negative_prompt"] == cfg["name"] == "~/x"
 
 
 # --- Weights & Biases --------------------------------------------------------------------------
