@@ -72,7 +72,9 @@ class TextModel:
         try:
             pipe = self.pipeline.from_pretrained(self.folder, local_files_only=True, **parts)
         except Exception as error:  # tokenizers' and diffusers' errors share no base class
-            reason = _tokenizer_reason(self.folder) or loading.one_line(error)
+            if reason := _tokenizer_reason(self.folder, error):
+                raise UserError(f"{key}: {reason}") from None
+            reason = loading.one_line(error)
             raise UserError(f"{key}: makes no {self.pipeline.__name__} ({reason})") from None
         pipe.set_progress_bar_config(disable=True)
         name = _denoiser(self.folder)
@@ -316,10 +318,10 @@ def _is_installed(module: str) -> bool:
     return True
 
 
-def _tokenizer_reason(root: Path) -> str | None:
-    """Why a tokenizer that is a SentencePiece model alone cannot be read; None if there is none.
+def _tokenizer_reason(root: Path, error: Exception) -> str | None:
+    """Why a tokenizer that is a SentencePiece model alone cannot be read; None if it can.
 
-    transformers, which then takes it for a tiktoken file, names tiktoken whatever the reason.
+    What cannot be read transformers takes for a tiktoken file; the `error` then is of that.
     """
     for file in sorted(root.glob("tokenizer*/*.model")):
         if (file.parent / "tokenizer.json").exists():
@@ -327,7 +329,8 @@ def _tokenizer_reason(root: Path) -> str | None:
         missing = [name for name, module in SENTENCEPIECE.items() if not _is_installed(module)]
         if missing:
             return f"its {file.parent.name} needs {' and '.join(missing)}: {INSTALL}"
-        return f"{file.parent.name}/{file.name} cannot be read"
+        if "tiktoken" in str(error):
+            return f"{file.parent.name}/{file.name} cannot be read"
     return None
 
 
