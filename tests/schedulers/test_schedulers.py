@@ -789,3 +789,16 @@ def test_the_parametrisation_of_the_network_does_not_matter(cls, options, kind):
             x = scheduler.step(output[prediction_type], timestep, x).prev_sample
         results.append(x)
     assert (results[0] - results[1]).norm() < 1e-5 * results[0].norm()
+
+
+def test_a_solver_has_to_say_its_order():
+    """diffusers' `order` is 1 for most, and would give a solver too little damping in silence."""
+    with pytest.raises(TypeError, match="needs a convergence_order"):
+        type("LMLX", (schedulers.LMLSchedulerMixin, diffusers.DDIMScheduler), {})
+    for cls in CLASSES:
+        first = cls.__name__ in (
+            "LMLDDIMScheduler",
+            "LMLEulerDiscreteScheduler",
+            "LMLFlowMatchEulerDiscreteScheduler",
+        )
+        assert (cls.convergence_order == 1) is first
