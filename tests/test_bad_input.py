@@ -187,7 +187,7 @@ def unknown_schedule(model: Path) -> None:
 MODELS = {
     truncate: "weights cannot be read",
     truncate_header: "weights cannot be read",
-    no_weights: r"no weights in unet \(.safetensors; model.use_safetensors=false takes pickled ones",
+    no_weights: r"no weights in unet \(.safetensors; model.use_safetensors=false takes pickled",
     nothing: "no UNet2DModel in it",
     a_file: "no such folder",
     conditional: "a UNet2DConditionModel; a UNet2DModel is asked",
