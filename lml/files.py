@@ -1,18 +1,105 @@
-"""Files by their content."""
+"""Files by their content, and files that somebody else made: data, which is never executed."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
+import os
 import re
-from pathlib import Path
+import stat
+import unicodedata
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
+
+import yaml
+
+from lml.errors import UserError
+
+NAME_MAX = 255  # bytes of a file name, on all common file systems
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file `path`, to be read in binary. OSError for a pipe, a device, a socket, a folder.
+
+    Opening a pipe would otherwise wait for somebody to write to it.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return open(number, "rb")
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file. OSError as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_text(path: str | Path) -> str:
+    """The same in UTF-8; ValueError for what is no text."""
+    return read_bytes(path).decode("utf-8")
+
+
+def load_json(source: str | Path) -> Any:
+    """What a JSON file, or text of JSON, says. OSError or ValueError when it can't be read."""
+    text = read_text(source) if isinstance(source, Path) else source
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+class _NoAliases:
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", mark)
+        return super().compose_node(parent, index)
+
+
+def load_yaml(path: Path, loader: type = yaml.SafeLoader) -> Any:
+    """What a YAML file says. OSError or ValueError when it can't be read, or has aliases.
+
+    A few lines of aliases of aliases are a value that fills the memory. `loader` is a safe one.
+    """
+    try:
+        return yaml.load(read_text(path), Loader=type("Loader", (_NoAliases, loader), {}))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def plain_name(name: Any, label: str) -> str:
+    """`name`, to be put behind a folder's path. UserError unless it is that of a file in it.
+
+    So: text without separators (of any system) and control characters, neither "." nor "..", and
+    not longer than names may be. `label` begins the message.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..")
+    plain = plain and PureWindowsPath(name).name == name
+    plain = plain and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+    if not plain or len(name.encode()) > NAME_MAX:
+        raise UserError(f"{label}={name!a:.200}: a plain name is asked, of one file or folder")
+    return name
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes; the hub's cache names large files by it, which saves reading."""
-    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name := path.resolve().name):
-        return name
+    """sha256 of a regular file's bytes. OSError as `open_regular`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def weights_hash(path: Path) -> str:
+    """The same; the hub's cache names large files by it, which saves reading."""
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name := path.resolve().name):
+        return name
+    return file_hash(path)

@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 from PIL import Image, PngImagePlugin
 
-from lml.data.images import LATENTS, latents_path
+from lml.data.images import LATENTS, latents_path, open_image
 from lml.errors import UserError
-from lml.files import file_hash
+from lml.files import file_hash, load_json, load_yaml
 
 IMAGE = re.compile(r"\d{6,}\.png")
 SEAL = "lml-seal"
@@ -245,7 +246,7 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 pixels = np.asarray(image)
                 seal = image.text.get(SEAL)
         except Exception:  # a broken file raises whatever its decoder stumbled on
@@ -266,7 +267,7 @@ class RunFolder:
 
         def check(index: int) -> bool | None:
             path = self.image_path(index)
-            if path.name in known and path.exists() and file_hash(path) == known[path.name]:
+            if path.name in known and path.is_file() and file_hash(path) == known[path.name]:
                 return True
             return self.holds(index)
 
@@ -326,7 +327,7 @@ class Writer:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} when the file is missing or broken."""
     try:
-        value = json.loads(path.read_text())
+        value = load_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -338,7 +339,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"run_dir={path}: no such folder")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+        stored = load_yaml(path / "config.yaml", get_yaml_loader())
+        config = OmegaConf.to_container(OmegaConf.create(stored))
     except Exception:  # YAML's and OmegaConf's errors share no base class
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):

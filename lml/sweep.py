@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from lml import processes, runner
 from lml.device import find_device, use_device
 from lml.errors import UserError, nearest, say
+from lml.files import load_yaml
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
 from lml.store import canonical, disk_error, read_config, read_json, write_atomic
@@ -425,13 +426,13 @@ class Ledger:
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         try:
-            kept = yaml.safe_load(self.path.read_text())
+            kept = load_yaml(self.path)
             for cell in kept["cells"]:
                 cell["run"], cell["overrides"], cell["status"]
             return list(kept["commands"]), kept["cells"]
         except FileNotFoundError:
             return [], []
-        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
             say(f"{self.path}: not a sweep's; written anew")
             return [], []
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lml.data.assets import ROOT
+from lml.data.images import open_image
 from lml.errors import UserError
+from lml.files import open_regular
 
 SEARCHED = (Path("data/cifar10"), Path("../shared/data/cifar10"))
+IMAGES = 10_000  # in a sheet, at most
 SHEETS = {
     "train": [f"data_batch_{k}.png" for k in range(1, 6)],
     "test": ["test_batch.png"],
@@ -21,14 +23,13 @@ SHEETS = {
 
 def _sheet(path: Path) -> np.ndarray:
     """One sheet: row k is image k, its 32x32 pixels laid out row by row."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as sheet:
+        with open_image(path) as sheet:
+            if sheet.width != 32 * 32 or sheet.height > IMAGES:
+                raise ValueError(f"{sheet.width}x{sheet.height} pixels")
             return np.asarray(sheet.convert("RGB")).reshape(-1, 32, 32, 3)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a sheet of CIFAR-10 images ({error})") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def find(path: str | Path | None = None) -> Path | None:
@@ -55,7 +56,8 @@ def load(
     folder = find(path)
     if folder is not None and (folder / "data_batch_1.png").is_file():
         images = np.concatenate([_sheet(folder / name) for name in SHEETS[split]])
-        labels = np.load(folder / f"{split}_labels.npy")
+        with open_regular(folder / f"{split}_labels.npy") as file:
+            labels = np.load(file)
     elif folder is not None or download:
         from torchvision.datasets import CIFAR10
 

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import math
 import os
+import warnings
 import zipfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lml.errors import UserError
+from lml.files import open_regular
 
+Check = Callable[[int, int], None]  # of a height and a width
 SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
+FORMATS = ("PNG", "BMP", "WEBP", "JPEG")  # Pillow would start Ghostscript for PostScript
 # What lies beside images and nobody takes for one.
 NO_IMAGES = (".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt", ".yaml")
 INSIDE = "in sub-folders"
 MODES = ("RGB", "L", "P", "1", "RGBA", "LA")  # the last two where they are opaque
 READERS = 4  # threads that decode
 LATENTS = "latents"  # a folder beside a run's images
+METADATA = 2**24  # bytes of a file beside its pixels, at most
+# A few bytes can say that they are gigabytes of pixels.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def read(path: Path, upright: bool = False) -> Tensor:
+@contextlib.contextmanager
+def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """The image in `file`, a regular one of `FORMATS`; its pixels are not decoded yet.
+
+    Raises whatever Pillow does, and ValueError for one of more pixels than its MAX_IMAGE_PIXELS.
+    """
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open_regular(file)) if isinstance(file, Path) else file
+        try:
+            image = stack.enter_context(Image.open(stream, formats=FORMATS))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(str(error)) from None
+        # again, for whoever has other filters of warnings
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(
+                f"{image.width}x{image.height} pixels; {Image.MAX_IMAGE_PIXELS} at most"
+            )
+        yield image
+
+
+def read(path: Path, upright: bool = False, check: Check | None = None) -> Tensor:
     """The image in `path` as uint8 (3, H, W).
 
     With `upright` it is turned as its EXIF orientation says; tools that score images don't.
-    UserError when it is broken, not 8 bits of grey or RGB, or transparent somewhere.
+    `check(height, width)` is called before its pixels are decoded. UserError when it is broken, not
+    8 bits of grey or RGB, or transparent somewhere.
     """
-    return decode(path, str(path), upright)
+    return decode(path, str(path), upright, check)
 
 
-def decode(file: Path | io.BytesIO, name: str, upright: bool = False) -> Tensor:
+def decode(
+    file: Path | BinaryIO, name: str, upright: bool = False, check: Check | None = None
+) -> Tensor:
     """The image in `file`, called `name` in errors, as uint8 (3, H, W). Otherwise as `read`."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
+            if check is not None:
+                check(image.height, image.width)
             return to_tensor(ImageOps.exif_transpose(image) if upright else image, name)
     except UserError:
         raise
     except Exception as error:  # a broken file raises whatever its decoder stumbled on
-        reason = str(error).replace(repr(file), "the file")
-        raise UserError(f"{name}: not a readable image ({reason})") from None
+        raise UserError(f"{name}: not a readable image ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow's message has the file's address
+        return f"none of {', '.join(FORMATS)}"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def to_tensor(image: Image.Image, name: str) -> Tensor:
@@ -101,6 +142,7 @@ class ImageFolder:
             if inside:
                 reason += f", as in {self.path / Path(inside[0]).parent}"
             raise UserError(f"{key}={path}: {reason}")
+        self.size: tuple[int, int] | None = None  # until the first image is read
         self.size = tuple(self.read(self.names[0]).shape[1:])
 
     def _files(self) -> Iterator[Path]:
@@ -142,7 +184,15 @@ class ImageFolder:
 
     def read(self, name: str) -> Tensor:
         """One image, uint8 (3, H, W)."""
-        return read(self.path / name)
+        return read(self.path / name, check=partial(self._check, name))
+
+    def _check(self, name: str, h: int, w: int) -> None:
+        if self.size not in (None, (h, w)):
+            height, width = self.size
+            raise UserError(
+                f"{self.path / name}: {w}x{h} pixels; "
+                f"all images must have the {width}x{height} of {self.names[0]}"
+            )
 
     def stamp(self) -> str:
         """Another one once a file has changed, come or gone."""
@@ -150,19 +200,7 @@ class ImageFolder:
 
     def load(self, names: Sequence[str]) -> Tensor:
         """The images of these names, uint8 (B, 3, H, W)."""
-        return self._stack(names, map(self.read, names))
-
-    def _stack(self, names: Sequence[str], images: Iterable[Tensor]) -> Tensor:
-        stacked = []
-        for name, image in zip(names, images, strict=True):
-            stacked.append(image)
-            if image.shape[1:] != self.size:
-                (height, width), (h, w) = self.size, image.shape[1:]
-                raise UserError(
-                    f"{self.path / name}: {w}x{h} pixels; "
-                    f"all images must have the {width}x{height} of {self.names[0]}"
-                )
-        return torch.stack(stacked)
+        return torch.stack([self.read(name) for name in names])
 
     def blocks(self, batch_size: int) -> list[list[str]]:
         """The names in fixed blocks of `batch_size`."""
@@ -173,16 +211,16 @@ class ImageFolder:
         pool, ahead = ThreadPoolExecutor(READERS), deque()
         try:
             for block in blocks:
-                ahead.append((block, [pool.submit(self.read, name) for name in block]))
+                ahead.append([pool.submit(self.read, name) for name in block])
                 if len(ahead) > 1:
-                    yield self._finished(*ahead.popleft())
+                    yield self._finished(ahead.popleft())
             if ahead:
-                yield self._finished(*ahead.popleft())
+                yield self._finished(ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _finished(self, names: Sequence[str], images: list) -> Tensor:
-        return self._stack(names, (image.result() for image in images))
+    def _finished(self, images: list[Future]) -> Tensor:
+        return torch.stack([image.result() for image in images])
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """All images, uint8 (B, 3, H, W), block by block."""
@@ -199,7 +237,7 @@ class ImageZip(ImageFolder):
 
     def _files(self) -> Iterator[Path]:
         try:
-            self.archive = zipfile.ZipFile(self.path)
+            self.archive = zipfile.ZipFile(open_regular(self.path))
         except (OSError, zipfile.BadZipFile) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{self.key}={self.path}: not a zip file ({reason})") from None
@@ -210,11 +248,20 @@ class ImageZip(ImageFolder):
                 yield name
 
     def read(self, name: str) -> Tensor:
+        check = partial(self._check, name)
         try:
+            with self.archive.open(name) as stream, open_image(stream) as image:
+                check(image.height, image.width)
+                largest = 8 * image.height * image.width + METADATA
+            if (size := self.archive.getinfo(name).file_size) > largest:
+                raise ValueError(f"{size} bytes; {largest} at most, at its height and width")
             data = self.archive.read(name)
+        except UserError:
+            raise
         except Exception as error:  # zlib's, zipfile's and the disk's share no base class
-            raise UserError(f"{self.path / name}: not a readable image ({error})") from None
-        return decode(io.BytesIO(data), str(self.path / name))
+            reason = _reason(error)
+            raise UserError(f"{self.path / name}: not a readable image ({reason})") from None
+        return decode(io.BytesIO(data), str(self.path / name), check=check)
 
     def stamp(self) -> str:
         return stamp([self.path])

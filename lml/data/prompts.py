@@ -13,6 +13,7 @@ from typing import Any
 
 from lml.data.assets import locate
 from lml.errors import UserError, nearest
+from lml.files import load_json, read_bytes
 from lml.instances import make
 
 FILE = "prompts.jsonl"  # in a run's folder
@@ -191,7 +192,7 @@ def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSe
     label = f"prompts.file={file}"
     content = _read(locate(file), label)
     try:
-        content = json.loads(content)
+        content = load_json(content)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         others = [name for i, name in names.items() if name != f"COCO_val2014_{i:012d}.jpg"]
         captions: dict[int, list[tuple[int, str]]] = {}
@@ -243,7 +244,7 @@ def _collect(source: str, entries: Iterable[Mapping[str, Any]], label: str) -> P
 
 def _read(path: Path, label: str) -> str:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise UserError(f"{label}: {error.strerror or error}") from None
     try:
@@ -263,7 +264,7 @@ def _read_jsonl(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = load_json(line)
         except ValueError as error:
             raise UserError(f"{label}: line {number} is not JSON ({error})") from None
         if not isinstance(value, dict):

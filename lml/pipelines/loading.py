@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from lml.data.assets import locate
 from lml.errors import UserError
-from lml.files import file_hash
+from lml.files import load_json, weights_hash
 from lml.instances import make
 
 ROOT_STEM = "diffusion_pytorch_model"  # of weights that lie in no folder of their own
@@ -151,12 +151,12 @@ def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, A
     """config.json of the network in `folder`. UserError unless it is one of `classes`."""
     expected = " or ".join(classes)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = load_json(folder / "config.json")
         name = config["_class_name"]
     except FileNotFoundError:
         where = f"config.json or {folder.name}/config.json" if folder.name else "config.json"
         raise UserError(f"{key}: no {expected} in it ({where})") from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{key}: {folder / 'config.json'} is not a diffusers config") from None
     if name not in classes:
         raise UserError(f"{key}: a {name}; a {expected} is asked")
@@ -174,11 +174,11 @@ class Weights:
     @property
     def sha256(self) -> str:
         """Over the network's config and weights, wherever they lie."""
-        config = json.loads((self.folder / "config.json").read_text())
+        config = load_json(self.folder / "config.json")
         kept = {key: value for key, value in config.items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
         for file in self.files:
-            digest.update(f"{file.name} {file_hash(file)}".encode())
+            digest.update(f"{file.name} {weights_hash(file)}".encode())
         return digest.hexdigest()
 
 
@@ -214,7 +214,7 @@ def _matching(
     folder: Path, suffix: str, config: Mapping[str, Any]
 ) -> tuple[tuple[Path, ...], str | None]:
     """The weights in `folder` with that suffix, of the variant asked for or none; and which."""
-    there = sorted(folder.iterdir())
+    there = sorted(file for file in folder.iterdir() if file.is_file())
     for variant in dict.fromkeys([config.get("variant"), None]):
         name = f"\\.{re.escape(str(variant))}" if variant else ""
         name = f"{STEMS[suffix]}(({SHARD})?{name}|{name}{SHARD})\\{suffix}"
@@ -262,7 +262,7 @@ def read_scheduler(
         return make_part(config["scheduler"], "model.scheduler"), config["scheduler"]
     folder = root / "scheduler" if (root / "scheduler").is_dir() else root
     try:
-        stored = json.loads((folder / "scheduler_config.json").read_text())
+        stored = load_json(folder / "scheduler_config.json")
         from lml import schedulers
 
         name = stored["_class_name"]
@@ -273,7 +273,7 @@ def read_scheduler(
         raise UserError(
             f"{key}: no scheduler_config.json in it; give the noise schedule as model.scheduler"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{key}: {folder / 'scheduler_config.json'} makes no scheduler ({reason})"

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lml.data.assets import locate
 from lml.data.images import read
 from lml.errors import UserError
+from lml.files import load_json, read_bytes
 from lml.pipelines import loading
 
 # They look at finished images or at image prompts, which we have none of.
@@ -271,18 +271,18 @@ def _check(config: Mapping[str, Any]) -> None:
 
 def _read_index(root: Path, key: str) -> dict[str, Any]:
     try:
-        index = json.loads((root / "model_index.json").read_text())
+        index = load_json(root / "model_index.json")
         index["_class_name"].endswith("Pipeline")
     except FileNotFoundError:
         raise UserError(f"{key}: no pipeline in it (model_index.json)") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{key}: {root / 'model_index.json'} describes no pipeline") from None
     return index
 
 
 def _networks(root: Path) -> dict[str, tuple[str, str]]:
     """(library, class) of each part of a pipeline that holds weights and is used."""
-    index = json.loads((root / "model_index.json").read_text())
+    index = load_json(root / "model_index.json")
     return {
         name: tuple(value)
         for name, value in index.items()
@@ -365,7 +365,7 @@ def _tokenizers_hash(root: Path, index: Mapping[str, Any], key: str) -> str:
         if not (root / part).is_dir():
             raise UserError(f"{key}: no {part} in it")
         for file in sorted(file for file in (root / part).iterdir() if file.is_file()):
-            digest.update(file.name.encode() + file.read_bytes())
+            digest.update(file.name.encode() + read_bytes(file))
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
+from lml.data.images import read
 from lml.report.labels import DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
@@ -267,7 +268,7 @@ def _images(folder: Path) -> np.ndarray | None:
     """The first images side by side, (H, W, 3); None where they cannot be read."""
     files = sorted(file for file in folder.glob("*.png"))[:STRIP_IMAGES]
     try:
-        images = [_resized(Image.open(file).convert("RGB")) for file in files]
+        images = [_resized(Image.fromarray(read(file).permute(1, 2, 0).numpy())) for file in files]
         return np.concatenate(
             [np.pad(i, ((0, 2), (0, 2), (0, 0)), constant_values=255) for i in images], axis=1
         )

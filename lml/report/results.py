@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-from PIL import Image
-
+from lml.data.images import open_image
 from lml.errors import UserError, nearest
-from lml.files import file_hash
+from lml.files import file_hash, load_json, load_yaml, open_regular
 from lml.store import canonical, is_edited, read_config, read_json, sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
@@ -109,7 +106,7 @@ def collect(folder: Path, say: Say) -> list[Result]:
 def _read(path: Path, say: Say) -> dict[str, Any]:
     """The JSON object in `path`; {} without the file, and for a broken one, which is said."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
@@ -140,9 +137,9 @@ def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size(run: Path) -> str:
     try:
-        with Image.open(run / "images/000000.png") as image:
+        with open_image(run / "images/000000.png") as image:
             return f"{image.width}x{image.height}"
-    except OSError:  # a run's images may have been thrown away
+    except (OSError, ValueError):  # a run's images may have been thrown away
         return ""
 
 
@@ -206,13 +203,13 @@ def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
         return [], []
     try:
         # not by OmegaConf, to which the name of a run may be a number: 12345e6789
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sweep = load_yaml(path)
         keys = [field.name for field in fields(Cell)]
         cells = [Cell(**{key: cell[key] for key in keys}) for cell in sweep["cells"]]
         if not {cell.status for cell in cells} <= set(STATUSES):
             raise ValueError
         return [str(command) for command in sweep["commands"]], cells
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError):
         say(f"{path}: broken; not used, so that no cell is known to be missing")
         return [], []
 
@@ -240,7 +237,7 @@ def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
     columns = {field.name: kinds.get(field.type, str) for field in fields(Result)}
     results, older, runs = [], 0, {result.run for result in found}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:
                 if set(reader.fieldnames) != {*columns, "seal"}:
