@@ -212,7 +212,7 @@ def test_only_the_formats_that_are_promised_are_read(tmp_path, place, kind):
     refuses(IMAGES[place][0], file, IMAGES[place][1])
 
 
-@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "JPEG"])
 def test_what_is_promised_is_read(tmp_path, kind):
     Image.new("RGB", (16, 8)).save(tmp_path / "a.png", kind)
     assert images.read(tmp_path / "a.png").shape == (3, 8, 16)
@@ -282,7 +282,7 @@ def test_a_large_image_takes_no_memory(tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])},
     )
-    assert done.stderr.count("\n") == 1 and "10000x10000 pixels" in done.stderr
+    assert done.stderr.count("\n") == 1 and "100000000 pixels" in done.stderr
     assert int(done.stdout) < 50_000  # kB
 
 
