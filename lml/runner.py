@@ -41,6 +41,7 @@ from lml.data.assets import ROOT
 from lml.data.images import LATENTS, read
 from lml.device import use_device
 from lml.errors import UserError, nearest
+from lml.instances import check_targets
 from lml.metrics.evaluate import Context, build, check_count, check_prompts, evaluate
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
@@ -53,6 +54,7 @@ from lml.store import (
     Writer,
     canonical,
     check_output,
+    check_recorded,
     differences,
     merge_json,
     read_config,
@@ -356,9 +358,14 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     if run_dir is not None:
         images = Path(run_dir) / "images"
         latents = (Path(run_dir) / LATENTS).is_dir()
-        made = {**read_config(run_dir), "run_dir": run_dir}
-        reference = partial(reference_run, made, device, observer, latents=latents)
-        again = partial(replay, made, device)
+
+        # What is made of its config is, only where a metric asks for it.
+        def reference(**options: Any) -> Path:
+            return reference_run(read_made(run_dir), device, observer, latents=latents, **options)
+
+        def again(count: int) -> Replay:
+            return replay(read_made(run_dir), device, count)
+
         manifest = read_json(Path(run_dir) / "manifest.json")
         if not manifest.get("complete"):
             raise UserError(
@@ -381,6 +388,19 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         results = evaluate(images, config["metrics"], context=context)
         _keep(results, out, observer, config["metrics"], manifest.get("settings_sha256"))
     return out
+
+
+def read_made(run_dir: str | Path) -> dict[str, Any]:
+    """What is made of config.yaml when the run in the folder is made again, whoever made it first.
+
+    UserError when it was edited after the run, or has things made that are none of ours.
+    """
+    config = read_config(run_dir)
+    check_recorded(run_dir, config)
+    apart = ("metrics", "logger", "provenance")
+    made = {key: value for key, value in config.items() if key not in apart}
+    check_targets(made, f"run_dir={run_dir}")
+    return {**made, "run_dir": run_dir}
 
 
 def _keep(

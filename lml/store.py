@@ -346,3 +346,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
         raise UserError(f"run_dir={path}: not a run's folder (it has no config.yaml of a run)")
     return config
+
+
+def check_recorded(path: str | Path, config: Mapping[str, Any]) -> None:
+    """UserError unless manifest.json has the hashes of config.yaml, which reads as `config`."""
+    manifest = read_json(Path(path) / "manifest.json")
+    hashes = {
+        "config_sha256": file_hash(Path(path) / "config.yaml"),
+        "settings_sha256": settings_hash(config["settings"]),
+    }
+    for key, value in hashes.items():
+        if manifest.get(key) != value:
+            raise UserError(
+                f"run_dir={path}: config.yaml was edited after the run (manifest.json has another "
+                f"{key}), so that nothing is made of it"
+            )
