@@ -161,7 +161,11 @@ def load_features(path: str | Path, key: str = "features") -> FeatureNetwork:
             )
     try:
         return FeatureNetwork.from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32
+            folder,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # safetensors, JSON and shape errors share no base class
         reason = str(error).strip().splitlines()[0]

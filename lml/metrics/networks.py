@@ -135,6 +135,7 @@ def load_network(
                 local_files_only=True,
                 use_safetensors=found[0] == weights[0],
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # safetensors, pickle, JSON and shape errors share no base class
         raise UserError(f"{key}={source}: {kind} cannot be read ({one_line(error)})") from None
@@ -150,7 +151,9 @@ def load_tokenizer(source: str | Path, revision: str | None, key: str) -> Any:
     folder = find(source, revision, key, ["*.json", "*.txt"])
     try:
         with _quiet(library):
-            return library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return library.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         raise UserError(f"{key}={source}: no tokenizer in it ({one_line(error)})") from None
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from lml.data.assets import locate
 from lml.errors import UserError
 from lml.files import load_json, weights_hash
-from lml.instances import make
+from lml.instances import is_scheduler, make
 
 ROOT_STEM = "diffusion_pytorch_model"  # of weights that lie in no folder of their own
 STEMS = {".safetensors": "(diffusion_pytorch_model|model)", ".bin": "(diffusion_)?pytorch_model"}
@@ -241,6 +241,7 @@ def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> n
                 output_loading_info=True,
                 variant=weights.variant,
                 use_safetensors=weights.files[0].suffix == ".safetensors",
+                trust_remote_code=False,
             )
     except Exception as error:  # safetensors, JSON, shape and file errors share no base class
         raise UserError(f"{key}: the weights cannot be read ({one_line(error)})") from None
@@ -267,6 +268,8 @@ def read_scheduler(
 
         name = stored["_class_name"]
         home = schedulers if hasattr(schedulers, name) else diffusers
+        if not is_scheduler(home.__name__, name):
+            raise ValueError(f"{name} is none of diffusers' or lml's")
         schedule = {k: v for k, v in stored.items() if k != "_diffusers_version"}
         return getattr(home, name).from_config(stored), schedule
     except FileNotFoundError:

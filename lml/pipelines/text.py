@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from lml.data.assets import locate
 from lml.data.images import read
 from lml.errors import UserError
 from lml.files import load_json, read_bytes
+from lml.instances import SCHEDULERS
 from lml.pipelines import loading
 
+# Where the classes of a pipeline's parts are from.
+LIBRARIES = ("diffusers", "transformers", *SCHEDULERS[1:])
 # They look at finished images or at image prompts, which we have none of.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 INSTALL = "`pip install -e '.[text]'`"
@@ -70,7 +74,9 @@ class TextModel:
             cls = _control_class(self.controlnet.folder, control_key)
             parts["controlnet"] = loading.read_network(cls, self.controlnet, dtype, control_key)
         try:
-            pipe = self.pipeline.from_pretrained(self.folder, local_files_only=True, **parts)
+            pipe = self.pipeline.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False, **parts
+            )
         except Exception as error:  # tokenizers' and diffusers' errors share no base class
             if reason := _tokenizer_reason(self.folder, error):
                 raise UserError(f"{key}: {reason}") from None
@@ -219,6 +225,7 @@ def find(config: Mapping[str, Any]) -> TextModel:
         download=DiffusionPipeline.download,
         variant=config.get("variant"),
         use_safetensors=config.get("use_safetensors", True) or None,
+        trust_remote_code=False,
         **dict.fromkeys(LEFT_OUT),  # what is given is not fetched
     )
     index = _read_index(root, key)
@@ -277,7 +284,23 @@ def _read_index(root: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}: no pipeline in it (model_index.json)") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{key}: {root / 'model_index.json'} describes no pipeline") from None
+    for part, value in index.items():
+        if isinstance(value, list) and value != [None, None] and part not in LEFT_OUT:
+            _check_class(value, f"{key}: its {part}")
     return index
+
+
+def _check_class(value: list, label: str) -> None:
+    """UserError unless [library, class] is a class of a library that runs no code of the model's.
+
+    The class that an Auto class becomes is in the model's own config, and may be in a file of it.
+    """
+    library, name = value if len(value) == 2 else (None, None)
+    if library not in LIBRARIES or not isinstance(name, str):
+        libraries = ", ".join(LIBRARIES)
+        raise UserError(f"{label} is of {value!a:.200}; a class of {libraries} is asked")
+    if re.match("Auto[A-Z]", name):
+        raise UserError(f"{label} is an {name}, which may run code of the model's; name its class")
 
 
 def _networks(root: Path) -> dict[str, tuple[str, str]]:
@@ -344,11 +367,14 @@ def _left_out(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
 
 def _class(library: str, name: str, label: str) -> type:
     try:
-        return getattr(importlib.import_module(library), name)
+        cls = getattr(importlib.import_module(library), name)
     except ImportError:
         raise UserError(f"{label} needs {library}: {INSTALL}") from None
     except AttributeError:
         raise UserError(f"{label} is a {name}, unknown to {library}") from None
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UserError(f"{label} is a {name}, which is no network")
+    return cls
 
 
 def _find_part(root: Path, name: str, key: str, config: Mapping[str, Any]) -> loading.Weights:
