@@ -20,18 +20,17 @@ from lml.data.images import read
 from lml.data.prompts import FILE, PromptSet, load
 from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
+from lml.files import NAME_MAX, file_hash, plain_name
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
 from lml.store import (
     canonical,
     check_output,
-    file_hash,
     read_config,
     read_json,
     settings_hash,
 )
 
-NAME_MAX = 255  # bytes of a file name, on all common file systems
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
@@ -87,11 +86,19 @@ class T2ICompBench:
         model = self.model or config["model"]["name"]
         sampler = self.sampler or _name_sampler(config)
         for key, name in (("model", model), ("sampler", sampler)):
-            if "/" in name:
-                raise UserError(f"layout.{key}={name}: the name of a folder is asked, without '/'")
-        hashes = manifest["images"]
-        if len(hashes) != len(prompts):
-            raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {len(hashes)} images")
+            plain_name(name, f"layout.{key}")
+        hashes = manifest.get("images")
+        if not isinstance(hashes, dict) or len(hashes) != len(prompts):
+            count = len(hashes) if isinstance(hashes, dict) else "no"
+            raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
+        for name in hashes:
+            plain_name(name, f"run_dir={run_dir}: manifest.json: image")
+        for entry in prompts.entries:
+            plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
+            for key in ("sample", "prompt_index"):
+                value = entry.get(key)
+                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                    raise UserError(f"run_dir={run_dir}: {FILE}: {key}={value!a:.200}: a number")
 
         samples = 1 + max(entry["sample"] for entry in prompts.entries)
         targets, changed = {}, set()
@@ -134,7 +141,8 @@ def name_of(prompt: str, index: int) -> tuple[str, bool]:
 
 def _name_sampler(config: dict) -> str:
     """Solver, evaluations, and LML as tables call it; a hash of it where that is too long."""
-    solver, lml = config["solver"]["name"], canonical(config["lml"])
+    solver = plain_name(config["solver"]["name"], "solver.name")
+    lml = canonical(config["lml"])
     label = lml_label(lml, solver, config["nfe"])
     if label == OFF:
         return f"{solver}-{config['nfe']}"
@@ -145,7 +153,16 @@ def _name_sampler(config: dict) -> str:
 
 
 def _place(image: Path, target: Path, sha256: str) -> None:
-    """Link or copy a file, at once or not at all. UserError when something else is there."""
+    """Link or copy a file, at once or not at all.
+
+    UserError when something else is there, and unless the image is the one that the run stored.
+    """
+    try:
+        whole = file_hash(image) == sha256
+    except OSError:  # not there, or no file
+        whole = False
+    if not whole:
+        raise UserError(f"{image}: not the image of manifest.json; finish the run again")
     if target.exists():
         if not target.samefile(image) and file_hash(target) != sha256:
             raise UserError(f"{target}: of another run; choose another out or layout.sampler")
@@ -183,7 +200,10 @@ class CocoReference:
             raise UserError(f"layout.size={self.size}: a whole number of at least 1 is asked")
         if "file_name" not in prompts.entries[0]:
             raise UserError(f"prompts={prompts.source}: layout=coco_reference takes coco14_30k")
-        names = [entry["file_name"] for entry in prompts.entries]
+        names = [
+            plain_name(entry.get("file_name"), f"prompts={prompts.source}: file_name")
+            for entry in prompts.entries
+        ]
         folder = locate(self.images)
         if not folder.is_dir():
             raise UserError(f"layout.images={self.images}: no such folder")

@@ -224,7 +224,7 @@ def test_names_can_be_given_and_two_runs_never_mix(script, run, tmp_path):
     first.unlink()
     (folder / "old_000000.png").write_bytes(b"")
     refused(script, *ARGUMENTS, *names, pattern="old_000000.png: not of this run")
-    refused(script, *ARGUMENTS, "layout.model=a/b", pattern="layout.model=a/b: the name of a fol")
+    refused(script, *ARGUMENTS, "layout.model=a/b", pattern="layout.model='a/b': a plain name")
 
 
 def refused(script, *arguments: str, pattern: str) -> None:
@@ -258,6 +258,116 @@ def test_runs_that_cannot_be_laid_out(script, run, tmp_path):
     (run / "manifest.json").unlink()
     refused(script, *ARGUMENTS, pattern="not complete")
     assert not (tmp_path / "out").exists()
+
+
+# --- runs that somebody else made ---------------------------------------------------------------
+
+ELSEWHERE = [
+    "../../x",
+    "..",
+    ".",
+    "",
+    "/tmp/x",
+    "a/b",
+    "a\\b",
+    "C:x",
+    "a\nb",
+    "\0",
+    "x" * 256,
+    3,
+    None,
+]
+
+
+def edit_prompts(run, **entries: object) -> None:
+    lines = (run / "prompts.jsonl").read_text().splitlines()
+    lines[5] = json.dumps({**json.loads(lines[5]), **entries})
+    (run / "prompts.jsonl").write_text("\n".join(lines))
+
+
+def edit_manifest(run, name: object, sha256: str | None = None) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    known = manifest["images"].pop("000005.png")
+    manifest["images"][str(name)] = sha256 or known
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_config(run, key: str, value: object) -> None:
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(config, key, value)
+    OmegaConf.save(config, run / "config.yaml")
+
+
+PLACES = {
+    "category": lambda run, name: edit_prompts(run, category=name),
+    "image": edit_manifest,
+    "model": lambda run, name: edit_config(run, "model.name", name or ".."),
+    "sampler": lambda run, name: edit_config(run, "solver.name", f"../{name}"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE, ids=lambda name: json.dumps(name)[:10])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_runs_names_lead_nowhere_else(script, run, tmp_path, place, name):
+    if place == "image" and not isinstance(name, str):
+        name = "../secret"
+    (tmp_path / "secret").write_text("secret")
+    PLACES[place](run, name)
+    refused(script, *ARGUMENTS, pattern="a plain name is asked, of one file or folder")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("key", ["sample", "prompt_index"])
+@pytest.mark.parametrize("value", ["../x", -1, 1.5, None, [1]])
+def test_a_runs_numbers_are_numbers(script, run, tmp_path, key, value):
+    edit_prompts(run, **{key: value})
+    refused(script, *ARGUMENTS, pattern=f"{key}={value!r}: a number")
+    assert not (tmp_path / "out").exists()
+
+
+def no_links(*_: object) -> None:
+    raise OSError(18, "Invalid cross-device link")
+
+
+HARMS = {
+    "another": lambda file: Image.new("RGB", (16, 16)).save(file),
+    "gone": lambda file: file.unlink(),
+    "secret": lambda file: (file.unlink(), file.symlink_to(file.parents[2] / "secret")),
+    "pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("link", [True, False])
+def test_only_the_runs_own_images_are_laid_out(script, run, tmp_path, monkeypatch, harm, link):
+    if not link:
+        monkeypatch.setattr(export.os, "link", no_links)
+    (tmp_path / "secret").write_text("secret")
+    HARMS[harm](run / "images/000005.png")
+    refused(script, *ARGUMENTS, pattern="000005.png: not the image of manifest.json")
+    laid = [file.read_bytes() for file in (tmp_path / "out").rglob("*_0*.png")]
+    assert b"secret" not in laid and len(laid) < 24
+
+
+@pytest.mark.parametrize("images", [None, [], "x", {"000000.png": 3}])
+def test_a_manifest_without_images(script, run, tmp_path, images):
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "images": images}))
+    refused(script, *ARGUMENTS, pattern="24 prompts, ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/tmp/x.jpg", "a\\b.jpg", "", None, 3])
+def test_the_images_of_captions_are_those_in_the_folder(script, run, coco, tmp_path, name):
+    """Where a run that somebody else made says which images its captions are of."""
+    shutil.copy(next((tmp_path / "val2014").iterdir()), tmp_path / "secret.jpg")
+    lines = [{"index": 0, "prompt": "a cat", "file_name": "COCO_val2014_000000000000.jpg"}]
+    lines += [{"index": 1, "prompt": "a dog", "file_name": name}]
+    (run / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = [a for a in coco if not a.startswith("prompts")]
+    refused(script, *arguments, "run_dir=run", pattern="file_name=")
+    assert not (tmp_path / "reference").exists()
 
 
 # --- MS-COCO -----------------------------------------------------------------------------------

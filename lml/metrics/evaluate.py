@@ -243,7 +243,9 @@ def _load_latents(
     for images in (folder, reference):
         files = [latents_path(images.path / name) for name in block]
         try:
-            both.append(torch.from_numpy(np.stack([np.load(file) for file in files])).to(device))
+            # mapped: a file that is shorter than its header says is an error before any memory
+            arrays = [np.load(file, mmap_mode="r") for file in files]
+            both.append(torch.from_numpy(np.stack(arrays)).to(device))
         except (OSError, ValueError) as error:
             raise UserError(f"{files[0].parent}: no readable latents ({error})") from None
     return both[0], both[1]
