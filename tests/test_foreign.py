@@ -19,6 +19,7 @@ from lml.configs import compose
 from lml.errors import UserError
 from lml.metrics import frechet, networks
 from lml.pipelines import find, loading, text
+from lml.report import labels
 
 CALLED = []  # what a foreign config had called
 ROOT = Path(__file__).parents[1]
@@ -200,6 +201,12 @@ def test_our_prompts_are_on_the_list(name):
 def test_the_command_line_is_the_users_own(script, toy):
     metric = "+metrics.mean._target_=torchmetrics.MeanMetric"
     assert script("sample", *toy, metric, "run_dir=run").code == 0
+
+
+@pytest.mark.parametrize("name", ["../model/cifar10", "x" * 300, "\0", "ddim,seed=1"])
+def test_a_runs_solver_that_is_none_of_ours_is_only_a_name(name):
+    assert labels.solver_label(name, "{}") == name
+    assert labels.lml_label('{"rank": 2}', name, 10)
 
 
 # --- models -------------------------------------------------------------------------------------

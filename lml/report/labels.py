@@ -59,7 +59,8 @@ def solver_label(name: str, options: str) -> str:
 @functools.cache
 def _option(group: str, name: str) -> dict[str, Any]:
     """What the option adds to a config, not resolved; nothing where the group has none such."""
-    if not (ROOT / "configs" / group / f"{name}.yaml").is_file():
+    # by the names that there are: `name` may be what somebody else's run says
+    if name not in [file.stem for file in (ROOT / "configs" / group).glob("*.yaml")]:
         return {}
     return OmegaConf.to_container(compose(f"+{group}={name}"))
 
