@@ -75,6 +75,16 @@ def load_yaml(path: Path, loader: type = yaml.SafeLoader) -> Any:
         raise ValueError("nested too deep") from None
 
 
+class _Repeating(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(value: Any) -> str:
+    """`value` as YAML that `load_yaml` reads: what is at several places is written at each."""
+    return yaml.dump(value, Dumper=_Repeating, sort_keys=False, allow_unicode=True)
+
+
 def plain_name(name: Any, label: str) -> str:
     """`name`, to be put behind a folder's path. UserError unless it is that of a file in it.
 

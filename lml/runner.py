@@ -359,7 +359,8 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         images = Path(run_dir) / "images"
         latents = (Path(run_dir) / LATENTS).is_dir()
 
-        # What is made of its config is, only where a metric asks for it.
+        read_config(run_dir)  # it is a run's; what is in it counts only where a metric asks
+
         def reference(**options: Any) -> Path:
             return reference_run(read_made(run_dir), device, observer, latents=latents, **options)
 

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from lml import processes, runner
 from lml.device import find_device, use_device
 from lml.errors import UserError, nearest, say
-from lml.files import load_yaml
+from lml.files import dump_yaml, load_yaml
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
 from lml.store import canonical, disk_error, read_config, read_json, write_atomic
@@ -447,7 +446,7 @@ class Ledger:
             and (cell["status"] == DONE or cell["overrides"] not in asked)
         ]
         value = {"commands": self.commands, "cells": [*kept, *cells]}
-        write_atomic(self.path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+        write_atomic(self.path, dump_yaml(value))
 
     def close(self) -> None:
         """Let others sweep."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lml import files, store
+from lml import files, store, sweep
 from lml.data import cifar10, images, prompts
 from lml.errors import UserError
 from lml.pipelines import loading, text
@@ -163,6 +163,13 @@ def test_what_is_written_has_no_aliases(tmp_path):
     shared = [1, 2]
     store.RunFolder(tmp_path / "run", {"a": shared}).open({"b": shared, "c": {"d": shared}})
     assert store.read_config(tmp_path / "run")["c"] == {"d": [1, 2]}
+    (tmp_path / "sweep.yaml").write_text(files.dump_yaml({"a": shared, "b": {"é": shared}}))
+    assert files.load_yaml(tmp_path / "sweep.yaml") == {"a": [1, 2], "b": {"é": [1, 2]}}
+    ledger = sweep.Ledger(tmp_path)
+    cell = {"run": None, "overrides": ["a=1"], "status": "refused", "lml": {"rank": shared}}
+    ledger.write([cell, {**cell, "overrides": ["a=2"]}])
+    assert len(files.load_yaml(tmp_path / "sweep.yaml")["cells"]) == 2
+    ledger.close()
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name.endswith((".json", ".jsonl"))])

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lml import configs, report, store
 from lml.data.assets import ROOT
+from lml.files import dump_yaml
 from lml.report import figures, labels, results, tables
 from lml.report.results import Cell, Result
 from lml.report.tables import Entry
@@ -567,7 +568,7 @@ def test_missing_cells_are_shown(make_run, tabulate, tmp_path):
     ]
     sweep = {"commands": ["first command", "second command"], "cells": cells}
     file = tmp_path / "outputs/study/sweep.yaml"
-    file.write_text(yaml.safe_dump(sweep))
+    file.write_text(dump_yaml(sweep))
     out, said = tabulate()
     assert said == ""
     text = (out / "fd.md").read_text()
