@@ -39,8 +39,6 @@ from lml.errors import UserError
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
 
-SHARD = "15MB"  # small enough for git
-
 
 @dataclass
 class Budget:
@@ -122,7 +120,11 @@ def fit(
         fused=True,
     )
     ema = EMAModel(
-        model.parameters(), use_ema_warmup=True, inv_gamma=budget.ema_inv_gamma, power=1.0
+        model.parameters(),
+        use_ema_warmup=True,
+        inv_gamma=budget.ema_inv_gamma,
+        power=1.0,
+        foreach=True,
     )
     done = {"step": 0, "images": 0, "seconds": 0.0, "saves": 0}
     state_path, log_path = out / "state.pt", out / "log.jsonl"
@@ -135,9 +137,9 @@ def fit(
     forward = torch.compile(model) if budget.compile else model
 
     def backward(dtype: torch.dtype, indices: Tensor, step: int) -> float:
-        generator = torch.Generator().manual_seed(budget.seed + 1_000_003 * (step + 1))
+        generator = torch.Generator(device).manual_seed(budget.seed + 1_000_003 * (step + 1))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            value = loss(forward, indices, generator)
+            value = loss(forward, indices.to(device), generator)
         optimizer.zero_grad()
         value.backward()
         return value.item()
@@ -270,21 +272,23 @@ def train_denoiser(
     """Train `unet` on uint8 `images` (N, C, H, W) with v-prediction (arXiv 2202.00512).
 
     Squared error in v, so no weight blows up at either end of the schedule; timesteps are drawn in
-    strata over a batch, which takes their variance out of the loss.
+    strata over a batch, which takes their variance out of the loss. The images are kept on
+    `device`.
     """
     if scheduler.config.prediction_type != "v_prediction":
         raise ValueError(f"prediction_type={scheduler.config.prediction_type}: v_prediction only")
-    cdf = timestep_quantiles(scheduler, uniform, log_sigma_mean, log_sigma_std)
-    patch = images.shape[-1] // unet.config.sample_size
+    cdf = timestep_quantiles(scheduler, uniform, log_sigma_mean, log_sigma_std).to(device)
+    images = images.to(device)
 
     def loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
         batch = len(indices)
-        flips = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        flips = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < 0.5
         clean = images[indices]
         clean = torch.where(flips, clean.flip(-1), clean)
-        strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        strata = torch.rand(batch, generator=generator, device=device)
+        strata = (torch.arange(batch, device=device) + strata) / batch
         timesteps = torch.searchsorted(cdf, strata.double()).clamp_max(len(cdf) - 1)
-        return velocity_loss(model, scheduler, patch, clean, timesteps, generator, device)
+        return velocity_loss(model, scheduler, clean, timesteps, generator)
 
     return fit(unet, loss, len(images), budget, out, on_save, report, device)
 
@@ -292,33 +296,30 @@ def train_denoiser(
 def velocity_loss(
     model: nn.Module,
     scheduler: DDPMScheduler,
-    patch: int,
     images: Tensor,
     timesteps: Tensor,
     generator: torch.Generator,
-    device: str | torch.device,
 ) -> Tensor:
     """Mean squared error in v for uint8 `images` (B, C, H, W) at `timesteps` (B,), a scalar.
 
-    Noise is drawn on the CPU, the same on every device.
+    The noise is drawn where the generator is, the rest is computed where the images are.
     """
-    clean = F.pixel_unshuffle(images.float() / 127.5 - 1, patch)
-    noise = torch.randn(clean.shape, generator=generator)
+    clean = images.float() / 127.5 - 1
+    noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean.device)
     noisy = scheduler.add_noise(clean, noise, timesteps)
-    target = scheduler.get_velocity(clean, noise, timesteps).to(device)
-    noisy = noisy.to(device, memory_format=torch.channels_last)
-    return F.mse_loss(model(noisy, timesteps.to(device)).sample.float(), target)
+    target = scheduler.get_velocity(clean, noise, timesteps)
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    return F.mse_loss(model(noisy, timesteps).sample.float(), target)
 
 
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module,
     scheduler: DDPMScheduler,
-    patch: int,
     images: Tensor,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Mean squared error in v on uint8 `images` (N, C, H, W), always with the same noise.
+    """Mean squared error in v on uint8 `images` (N, C, H, W), with the same noise on any device.
 
     Timesteps are even over [0, T), one an image: a number to compare networks by, however they
     were trained.
@@ -329,7 +330,7 @@ def held_out_loss(
     timesteps = timesteps[torch.randperm(len(images), generator=generator)]
     total = 0.0
     for part, times in zip(images.split(100), timesteps.split(100), strict=True):
-        value = velocity_loss(model, scheduler, patch, part, times, generator, device)
+        value = velocity_loss(model, scheduler, part.to(device), times.to(device), generator)
         total += len(part) * value.item()
     return total / len(images)
 
@@ -344,35 +345,45 @@ def train_classifier(
     report: Callable[[nn.Module], dict] = lambda model: {},
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Train `network` (its `head` on its features) with flips, shifts and smoothed labels."""
-    padded = F.pad(images, (4, 4, 4, 4))
+    """Train `network` (its `head` on its features) with flips, shifts and smoothed labels.
+
+    A square of a quarter of the side is hidden in each view (Cutout, arXiv 1708.04552).
+    """
+    padded = F.pad(images, (4, 4, 4, 4)).to(device)
+    labels = labels.to(device)
     size = images.shape[-1]
+    along = torch.arange(size, device=device)
 
     def loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
         batch = len(indices)
-        row, column = torch.randint(0, 9, (2, batch, 1), generator=generator)
-        rows, columns = row + torch.arange(size), column + torch.arange(size)
-        flips = torch.rand(batch, 1, generator=generator) < 0.5
+
+        def draw(limit: int) -> Tensor:
+            return torch.randint(0, limit, (2, batch, 1), generator=generator, device=device)
+
+        (rows, columns), hidden = draw(9) + along, along - draw(size - size // 4 + 1)
+        flips = torch.rand(batch, 1, generator=generator, device=device) < 0.5
         columns = torch.where(flips, columns.flip(1), columns)
         view = padded[indices.view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)]
-        view = view.permute(0, 3, 1, 2).to(device)
+        row, column = (hidden >= 0) & (hidden < size // 4)
+        view = view.permute(0, 3, 1, 2).masked_fill(
+            (row.unsqueeze(2) & column.unsqueeze(1)).unsqueeze(1), 127
+        )
         logits = model.head(model(view)).float()
-        return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=0.1)
+        return F.cross_entropy(logits, labels[indices], label_smoothing=0.1)
 
     return fit(network, loss, len(images), budget, out, on_save, report, device)
 
 
 def sample(
-    unet: UNet2DModel, scheduler: DDPMScheduler, patch: int, count: int, batch_size: int = 100
+    unet: UNet2DModel, scheduler: DDPMScheduler, count: int, batch_size: int = 100
 ) -> Tensor:
     """Samples (count, C, H, W) in about [-1, 1] of 20 evaluations, always from the same noise."""
-    network = pixel.SpaceToDepth(unet, patch)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    shape = (network.config.in_channels, *network.config.sample_size)
+    shape = (unet.config.in_channels, *pixel.size(unet))
     parts = []
     for seeds in torch.arange(count).split(batch_size):
         noise, _ = pixel.draw_noise(seeds.tolist(), shape)
-        parts.append(pixel.sample(network, solver, 20, noise).cpu())
+        parts.append(pixel.sample(unet, solver, 20, noise).cpu())
     return torch.cat(parts)
 
 
@@ -393,21 +404,20 @@ def run_denoiser(cfg: DictConfig) -> None:
     metric = instantiate(cfg.fd_cifar).to(device)
     torch.manual_seed(0)
     unet, scheduler = instantiate(cfg.unet, _convert_="all"), instantiate(cfg.scheduler)
-    patch = images.shape[-1] // unet.config.sample_size
 
     def on_save(model: UNet2DModel) -> None:
         pipeline = DDPMPipeline(half(model), scheduler)
-        pipeline.save_pretrained(out / "model", max_shard_size=SHARD)
+        pipeline.save_pretrained(out / "model")
 
     def report(model: UNet2DModel) -> dict:
-        samples = sample(model, scheduler, patch, cfg.report_images)
+        samples = sample(model, scheduler, cfg.report_images)
         (out / "grids").mkdir(exist_ok=True)
         name = f"{len(list((out / 'grids').iterdir())):04d}.png"
         save_image(samples[:64] / 2 + 0.5, out / "grids" / name, nrow=8, padding=2)
         metric.reset()
         for part in pixel.to_uint8(samples).split(250):
             metric.update(part.to(device))
-        loss = held_out_loss(model, scheduler, patch, test_images[:1000], device)
+        loss = held_out_loss(model, scheduler, test_images[:1000], device)
         return {
             "held_out_loss": round(loss, 5),
             "fd_cifar": round(metric.compute().item(), 3),
@@ -437,6 +447,6 @@ def run_features(cfg: DictConfig) -> None:
     network = train_classifier(
         network, images, labels, Budget(**cfg.budget), out, report=report, device=device
     )
-    half(network).save_pretrained(out / "model", max_shard_size=SHARD)
+    half(network).save_pretrained(out / "model")
     # As it is read back: half precision has rounded the weights.
     make_reference(load_features(out / "model"), images, out / "fd_cifar.npz")

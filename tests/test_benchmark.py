@@ -103,7 +103,7 @@ def test_other_noise_would_be_seen(tiny_model, monkeypatch):
         return lambda indices: make(range(indices.start + 1, indices.stop + 1))
 
     monkeypatch.setattr(benchmark, "ddim_pipeline", off_by_one)
-    cfg = config(f"model.path={tiny_model}", "model.patch=1")
+    cfg = config(f"model.path={tiny_model}")
     arguments = ["nfe=2", "batch_size=2", "threads=1"]
     rows, _ = benchmark.run_speed("float32", 1, cfg.model, arguments)
     assert rows[1].value > 20
@@ -112,7 +112,7 @@ def test_other_noise_would_be_seen(tiny_model, monkeypatch):
 def test_change_of_fd_cifar(tmp_path, tiny_unet):
     network = tiny_unet(sample_size=32)
     DDPMPipeline(network, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
-    cfg = config(f"model.path={tmp_path}", "model.patch=1")
+    cfg = config(f"model.path={tmp_path}")
     arguments = ["nfe=1", "batch_size=4", "threads=1"]
     (row,) = benchmark.fd_change("bfloat16", 4, cfg.model, arguments)
     assert 0 < row.value < 100 and "4 images" in row.remark

@@ -161,7 +161,7 @@ def tiny(tiny_model, pipelines, prompts, tmp_path) -> Callable[[dict], list[str]
         if model.get("kind") == "latent":
             return [f"model.path={pipelines / 'celebahq_ldm'}"]
         if model.get("kind") != "text":
-            return [f"model.path={tiny_model}", "model.patch=1"]
+            return [f"model.path={tiny_model}"]
         control = []
         if model["controlnet"]:
             Image.new("RGB", (16, 16)).save(tmp_path / "control.png")

@@ -646,7 +646,7 @@ def test_images_of_another_size(script, toy, tmp_path):
     sizes = [Image.open(run / "images/000000.png").size for run in runs]
     assert sorted(sizes) == [(8, 8), (16, 16)]
     embedded = pixel.find(
-        {"name": "cifar10", "path": "assets/cifar10", "patch": 2, "sample_size": 64}
+        {"name": "cifar10", "path": "assets/cifar10", "patch": 1, "sample_size": 64}
     )
     assert pixel.size(embedded.load(torch.device("cpu"), torch.float32)) == (64, 64)
     with pytest.raises(UserError, match=r"model\.sample_size=68: null, or a multiple of 8"):
