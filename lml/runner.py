@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import make_grid
 
 from lml import __version__
+from lml.calibration.stored import calibrated
 from lml.configs import compose
 from lml.correction import METHOD_VERSION
 from lml.damping import GRIDS
@@ -244,7 +245,9 @@ def determine(
     optional = {"attention": cfg["attention"]} if cfg["attention"] else {}
     if prompts is not None:
         optional["prompts"] = prompts.settings
-    lml = cfg["lml"] if cfg["lml"].get("rank") != 0 else {"rank": 0}
+    lml = {key: value for key, value in cfg["lml"].items() if key != "name"}
+    if lml.get("rank") == 0:
+        lml = {"rank": 0}
     if (correction := getattr(scheduler, "correction", None)) and correction.rank:
         scale = "relative" if correction.is_relative else "absolute"
         try:
@@ -266,6 +269,7 @@ def determine(
 class Plan:
     """What is known of a run before a network is loaded."""
 
+    cfg: Mapping[str, Any]
     model: Model
     prompts: prompt_sets.PromptSet | None
     scheduler: SchedulerMixin
@@ -276,13 +280,15 @@ class Plan:
 def plan(cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | None) -> Plan:
     """How `cfg` is made with its model and prompts; touches nothing.
 
-    UserError for what the solver has not, or cannot do with this model.
+    With lml=calibrated the plan's `cfg` has the dampings that were found. UserError for what the
+    solver has not, or cannot do with this model.
     """
+    cfg = calibrated(cfg, model.settings)
     scheduler = make_scheduler(cfg, model)
     steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
     settings = determine(cfg, model, prompts, scheduler)
     path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
-    return Plan(model, prompts, scheduler, steps, RunFolder(str(path), settings))
+    return Plan(cfg, model, prompts, scheduler, steps, RunFolder(str(path), settings))
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -465,7 +471,7 @@ def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Repla
     if found := differences(settings, config.get("settings", settings)):
         path, reason = planned.folder.path, "; ".join(found[:2])
         raise UserError(f"run_dir={path}: its images can't be made again now ({reason})")
-    share, scheduler = Share(config, device, **vars(planned), stored=set()), planned.scheduler
+    share, scheduler = Share(device=device, **vars(planned), stored=set()), planned.scheduler
     sampler = share.sampler()
 
     def batches() -> Iterator[Trajectory]:
@@ -495,11 +501,11 @@ def generate(
     planned = plan(cfg, model, choose_prompts(cfg, model))
     folder, count = planned.folder, cfg["num_images"]
     latents = latents and model.has_latents
-    stored = on_first(partial(_open, folder, cfg, observer, wait, latents))
+    stored = on_first(partial(_open, folder, planned.cfg, observer, wait, latents))
     try:
         timing = {}
         if len(stored) < count:
-            share = Share(cfg, device, **vars(planned), stored=stored, latents=latents)
+            share = Share(device=device, **vars(planned), stored=stored, latents=latents)
             timing = share.make(observer)
         if rank == 0:
             _finish(folder, count, planned.prompts, timing)
@@ -537,6 +543,16 @@ def _open(
 
 
 _loaded: dict[str, Sampler] = {}  # the last one: the runs of a sweep share it, compiled
+
+
+def load_sampler(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Sampler:
+    """The loaded model; it is kept for the next run."""
+    options = (device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
+    key = canonical({"config": cfg["model"], **model.settings, "options": str(options)})
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = model.sampler(*options)
+    return _loaded[key]
 
 
 @dataclass
@@ -600,14 +616,8 @@ class Share:
 
     def sampler(self) -> Sampler:
         """The loaded model; it is kept for the next run."""
-        cfg = self.cfg
-        options = (self.device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
-        key = canonical({"config": cfg["model"], **self.model.settings, "options": str(options)})
         try:
-            if key not in _loaded:
-                _loaded.clear()
-                _loaded[key] = self.model.sampler(*options)
-            return _loaded[key]
+            return load_sampler(self.cfg, self.model, self.device)
         except torch.cuda.OutOfMemoryError:
             raise self._out_of_memory() from None
 

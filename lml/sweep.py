@@ -332,7 +332,7 @@ class Sweep:
     def _measure(self, cell: Cell) -> float | None:
         """The same of one batch, made now; None when that fails, as the cell itself then will."""
         device = use_device(cell.config["device"], cell.config["threads"])
-        share = runner.Share(cell.config, device, **vars(cell.plan), stored=set())
+        share = runner.Share(device=device, **vars(cell.plan), stored=set())
         try:
             return share.measure() * processes.rank_and_world()[1]
         except UserError:

@@ -56,11 +56,14 @@ class LatentSampler(pixel.PixelSampler):
         steps: int,
         seeds: Sequence[int],
         prompts: Sequence[str] | None = None,
+        decode: bool = True,
         **step_options: Any,
     ) -> Tensor:
         """Images (B, 3, H, W) in about [-1, 1], one of each seed."""
         latents = super().__call__(scheduler, steps, seeds, prompts, **step_options)
         self.latents = latents
+        if not decode:
+            return latents
         latents = (latents / self.scale).to(self.decoder.dtype)
         blocks = latents.split(1 if self.slicing else len(latents))
         return torch.cat([self.decoder.decode(block).sample for block in blocks])

@@ -137,9 +137,13 @@ class PixelSampler:
         steps: int,
         seeds: Sequence[int],
         prompts: Sequence[str] | None = None,
+        decode: bool = True,
         **step_options: Any,
     ) -> Tensor:
-        """Images (B, C, H, W) in about [-1, 1], one of each seed."""
+        """Images (B, C, H, W) in about [-1, 1], one of each seed.
+
+        Without `decode`, the latents of models that have some.
+        """
         shape = (self.network.config.in_channels, *size(self.network))
         noise, generators = draw_noise(seeds, shape)
         return sample(

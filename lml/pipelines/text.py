@@ -153,6 +153,7 @@ class TextSampler:
         steps: int,
         seeds: Sequence[int],
         prompts: Sequence[str] | None = None,
+        decode: bool = True,
         **step_options: Any,
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], one of each seed and prompt."""
@@ -167,7 +168,7 @@ class TextSampler:
                     prompt=list(prompts),
                     num_inference_steps=steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    output_type="pt",
+                    output_type="pt" if decode else "latent",
                     **options,
                 ).images
         except (AttributeError, TypeError, ValueError) as error:
@@ -181,7 +182,7 @@ class TextSampler:
                 f"model.call: {type(self.pipe).__name__} fails with {given} ({reason})"
             ) from error
         self.latents = last.pop()
-        return 2 * images.float() - 1
+        return 2 * images.float() - 1 if decode else self.latents
 
     def _step_options(self, scheduler: SchedulerMixin, options: dict) -> dict[str, Any]:
         passed = {}

@@ -15,14 +15,14 @@ from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.store import canonical
 
-OFF, DEFAULT, PUBLISHED = "off", "default", "published"
+OFF, DEFAULT, PUBLISHED, CALIBRATED = "off", "default", "published", "calibrated"
 
 PRESETS = (DEFAULT, PUBLISHED)
 
 
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int) -> str:
-    """ "off", "default", "published", or what differs: "rank=3, damping=16".
+    """ "off", "default", "published", "calibrated", or what differs: "rank=3, damping=16".
 
     `options` are those of the config group `lml`, as JSON.
     """
@@ -32,6 +32,8 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
     # The numbers of runs from before it was kept are those of version 1.
     version = ours.pop("method_version", 1)
     older = [] if version == METHOD_VERSION else [f"method {version}"]
+    if ours.pop("name", None) == CALIBRATED:  # its dampings are each run's own
+        return ", ".join([CALIBRATED, *older])
     changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
     base = [] if name == DEFAULT and changes[name] else [name]
@@ -82,6 +84,6 @@ def _text(value: Any) -> str:
 
 def order(label: str) -> tuple[int, str]:
     """Sorts LML's labels: off, published, default, and the others by their numbers."""
-    first = [OFF, PUBLISHED, DEFAULT]
+    first = [OFF, PUBLISHED, DEFAULT, CALIBRATED]
     padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
     return (first.index(label) if label in first else len(first), padded)

@@ -1,0 +1,105 @@
+"""Calibration of a diffusers pipeline that somebody has in hand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from lml.calibration.search import Calibration, Objective, Problem, calibrate
+from lml.schedulers.mixin import LMLSchedulerMixin
+
+
+def calibrate_pipeline(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str] | None = None,
+    num_inference_steps: int = 6,
+    samples: int | None = None,
+    fine_steps: int = 50,
+    seed: int = 1_000_000,
+    batch_size: int = 4,
+    ranks: Sequence[int] = (1, 2),
+    rounds: int = 3,
+    **call: Any,
+) -> Calibration:
+    """Choose the rank and the damping of each step of `pipe.scheduler`, and set them.
+
+    The scheduler stays what it is where LML does not help. What is compared are latents (images
+    of pipelines that have none) with those of `fine_steps` steps without LML from the same noise;
+    the first half of the samples is searched, the second checks.
+
+    Args:
+        pipe: its scheduler is one of `lml.schedulers`.
+        prompts: such as it will be used with; they are taken in turn. None for a pipeline
+            without prompts.
+        num_inference_steps: the number of steps that it will be used with.
+        samples: in all, by default 32, and at least two.
+        call: what else the pipeline is called with: `guidance_scale`, `height`, `width` ...
+
+    Raises:
+        TypeError: the scheduler is not one of `lml.schedulers`.
+        ValueError: there are no prompts, or nothing to measure (see `calibrate`).
+    """
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, LMLSchedulerMixin):
+        raise TypeError(
+            f"{type(scheduler).__name__}: not one of lml.schedulers; "
+            "set pipe.scheduler = LML….from_config(pipe.scheduler.config) first"
+        )
+    if prompts is not None and not len(prompts):
+        raise ValueError("prompts: at least one is expected, or None")
+    count = 32 if samples is None else samples
+    if count < 2:
+        raise ValueError(f"samples={count}: at least 2 are expected")
+    accepted = inspect.signature(pipe.__call__).parameters
+    has_latents = "latents" in accepted
+    if call.get("eta"):
+        raise ValueError(f"eta={call['eta']}: adds noise, so that there is no fine solution")
+
+    @torch.no_grad()
+    def sample(solver: SchedulerMixin, steps: int, indices: Sequence[int]) -> Tensor:
+        options = dict(call)
+        if prompts is not None:
+            options["prompt"] = [prompts[i % len(prompts)] for i in indices]
+        else:
+            options["batch_size"] = len(indices)
+        pipe.scheduler = solver
+        images = pipe(
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(seed + i) for i in indices],
+            output_type="latent" if has_latents else "np",
+            **options,
+        ).images
+        return torch.as_tensor(images).float()
+
+    def flat(samples: Tensor) -> Tensor:
+        return samples.flatten(1).double()
+
+    fine = type(scheduler).from_config(scheduler.config, rank=0)
+    problem = Problem(
+        sample,
+        _denoiser(pipe),
+        scheduler,
+        num_inference_steps,
+        fine,
+        fine_steps,
+        Objective("rmse", flat, flat),
+        batch_size,
+    )
+    try:
+        found = calibrate(problem, range(count // 2), range(count // 2, count), ranks, rounds)
+    finally:
+        pipe.scheduler = scheduler
+    pipe.scheduler = found.choice.apply(scheduler)
+    return found
+
+
+def _denoiser(pipe: DiffusionPipeline) -> nn.Module:
+    for name in ("unet", "transformer"):
+        if isinstance(network := getattr(pipe, name, None), nn.Module):
+            return network
+    raise TypeError(f"{type(pipe).__name__}: has neither a unet nor a transformer")

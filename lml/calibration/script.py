@@ -1,0 +1,280 @@
+"""What scripts/calibrate.py does: a config becomes a problem, and what is found a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from lml import runner
+from lml.calibration import stored
+from lml.calibration.search import (
+    CalibrationError,
+    Objective,
+    Problem,
+    Progress,
+    calibrate,
+    most_evaluations,
+)
+from lml.configs import compose
+from lml.device import use_device
+from lml.errors import UserError, say
+from lml.pipelines import find, pixel
+from lml.processes import joined, on_first, rank_and_world
+from lml.store import canonical, disk_error, read_json, write_json
+
+STATE = "state.json"  # where a search goes on
+OBJECTIVES = ("rmse", "features")
+ADDS_NOISE = ("sde-dpmsolver", "sde-dpmsolver++")
+
+
+def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.device) -> Objective:
+    """What samples are compared by: their own space, or features of the images."""
+    if cfg["objective"] == "features":
+        network = instantiate(cfg["extractor"]).to(device).eval().requires_grad_(False)
+
+        @torch.no_grad()
+        def features(images: Tensor) -> Tensor:
+            return network(pixel.to_uint8(images)).flatten(1)
+
+        return Objective("features", features, features)
+    if model.has_latents:
+        return Objective("rmse", _flat, _flat)
+    # As metrics=[convergence] has it; but rounding is no good to take derivatives by.
+    return Objective(
+        "rmse",
+        lambda images: _flat(images).clamp(-1, 1),
+        lambda images: _flat(pixel.to_uint8(images)) / 127.5 - 1,
+    )
+
+
+def _flat(samples: Tensor) -> Tensor:
+    return samples.flatten(1).double()
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Raise UserError for a value that is out of its range."""
+    lowest = {"nfe": 2, "seed": 0, "searched": 1, "unseen": 1, "batch_size": 1, "rounds": 1}
+    runner.check_whole(cfg, lowest)
+    runner.check_whole({**cfg["fine"], "threads": None}, {"nfe": 2})
+    if cfg["objective"] not in OBJECTIVES:
+        raise UserError(f"objective={cfg['objective']}: one of {', '.join(OBJECTIVES)} is expected")
+    ranks = cfg["ranks"]
+    whole = isinstance(ranks, list) and all(type(rank) is int and rank >= 1 for rank in ranks)
+    if not whole or not ranks:
+        raise UserError(f"ranks={ranks}: a list of whole numbers of at least 1 is expected")
+    step = cfg["solver"].get("step") or {}
+    kind = (cfg["solver"].get("scheduler") or {}).get("algorithm_type")
+    if step.get("eta") or kind in ADDS_NOISE:
+        raise UserError(
+            f"solver={cfg['solver']['name']}: adds noise as it goes, so that there is no fine "
+            "solution from the same noise"
+        )
+
+
+_fine: dict[str, Tensor] = {}  # solutions that the cells of a sweep share
+
+
+def make_problem(
+    cfg: Mapping[str, Any], model: runner.Model, scheduler: SchedulerMixin, device: torch.device
+) -> Problem:
+    """The problem that the config `cfg` (configs/calibrate.yaml) describes."""
+    folder = runner.ROOT / "configs/solver"
+    name = cfg["fine"]["solver"]
+    if not (folder / f"{name}.yaml").is_file():
+        raise UserError(f"fine.solver={name}: unknown; see configs/solver")
+    fine = {
+        **cfg,
+        "solver": OmegaConf.to_container(compose(f"+solver={name}").solver),
+        "grid": {},
+        "lml": {"rank": 0},
+        "nfe": cfg["fine"]["nfe"],
+    }
+    fine_scheduler = runner.make_scheduler(fine, model)
+    count = cfg["searched"] + cfg["unseen"]
+    prompts = runner.choose_prompts({**cfg, "num_images": count}, model)
+    sampler = runner.load_sampler(cfg, model, device)
+    step = cfg["solver"].get("step") or {}
+    decode = cfg["objective"] == "features"
+
+    about = {
+        "model": model.settings,
+        "prompts": prompts and prompts.settings,
+        **{key: cfg[key] for key in ("seed", "dtype", "attention", "fine")},
+    }
+
+    def sample(solver: SchedulerMixin, steps: int, indices: Sequence[int]) -> Tensor:
+        if solver is fine_scheduler:
+            key = canonical({**about, "decode": decode, "indices": list(indices)})
+            if key not in _fine:
+                _fine[key] = make(solver, steps, indices)
+            return _fine[key]
+        return make(solver, steps, indices, **step)
+
+    def make(solver: SchedulerMixin, steps: int, indices: Sequence[int], **options: Any) -> Tensor:
+        texts = None if prompts is None else [prompts.texts[i] for i in indices]
+        seeds = [cfg["seed"] + i for i in indices]
+        images = sampler(solver, steps, seeds, texts, decode=decode, **options)
+        return images.float()
+
+    return Problem(
+        sample,
+        sampler.network,
+        scheduler,
+        runner.find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"]),
+        fine_scheduler,
+        runner.find_steps(fine_scheduler, cfg["fine"]["nfe"], name),
+        make_objective(cfg, model, device),
+        cfg["batch_size"],
+    )
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Calibrate what `cfg` (configs/calibrate.yaml) describes; returns what is in its file.
+
+    A calibration that is there already is read. One that was interrupted goes on.
+    """
+    config = OmegaConf.to_container(cfg, resolve=True)
+    check(config)
+    runner.check({**config, "num_images": 1})
+    device = use_device(config["device"], config["threads"])
+    with joined():
+        model = find(config["model"])
+        scheduler = runner.make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
+        if not hasattr(scheduler, "dampings"):
+            raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")
+        settings = stored.settings_of(config, model.settings, config["objective"])
+        name = stored.folder_name(config, settings)
+        folder = Path(config["run_dir"] or Path(stored.PLACES[0], name))
+        found = on_first(lambda: _open(folder, settings, config["overwrite"]))
+        if found is not None:
+            return found
+        values = _calibrate(config, model, scheduler, settings, folder, device)
+        on_first(lambda: _store(folder, values))
+        return values
+
+
+def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    file = folder / stored.FILE
+    if file.exists() and not overwrite:
+        values = stored.read(file, "run_dir")
+        if found := stored.differences(settings, values["settings"]):
+            raise UserError(f"run_dir={folder}: holds another calibration ({found[0]})")
+        return values
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    return None
+
+
+def _store(folder: Path, values: Mapping[str, Any]) -> None:
+    write_json(folder / stored.FILE, values)
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _calibrate(
+    cfg: Mapping[str, Any],
+    model: runner.Model,
+    scheduler: SchedulerMixin,
+    settings: Mapping[str, Any],
+    folder: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    problem = make_problem(cfg, model, scheduler, device)
+    protocol = {
+        "seed": cfg["seed"],
+        "searched": cfg["searched"],
+        "unseen": cfg["unseen"],
+        "ranks": cfg["ranks"],
+        "rounds": cfg["rounds"],
+        "fine": cfg["fine"],
+        "batch_size": cfg["batch_size"],
+        "dtype": cfg["dtype"],
+    }
+    first, _ = rank_and_world()
+    whole = {"settings": settings, "protocol": protocol}
+    states = {}
+    if (kept := read_json(folder / STATE)) and kept.get("of") == whole:
+        states = {int(rank): Progress(**progress) for rank, progress in kept["ranks"].items()}
+
+    def save(progress: Progress) -> None:
+        states[progress.rank] = progress
+        ranks = {str(rank): asdict(progress) for rank, progress in states.items()}
+        if first == 0:
+            write_json(folder / STATE, {"of": whole, "ranks": ranks})
+
+    searched = range(cfg["searched"])
+    unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
+    total = most_evaluations(problem, len(searched), len(unseen), cfg["ranks"], cfg["rounds"])
+    if first == 0:
+        say(f"at most {total:,} network evaluations")
+    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=first > 0 or not cfg["progress"])
+    try:
+        with bar:
+            found = calibrate(
+                problem, searched, unseen, cfg["ranks"], cfg["rounds"], states, save, bar.update
+            )
+    except CalibrationError as error:
+        raise UserError(f"model={model.name}: {error}") from None
+    except KeyboardInterrupt as interruption:
+        interruption.args = ("interrupted; the same command goes on from the last round",)
+        raise
+    choice = found.choice
+    default = {"rank": scheduler.correction_class().rank, "damping": None}
+    lml = {
+        "off": {"rank": 0, "damping": None},
+        "default": default,
+        "calibrated": {"rank": choice.rank, "damping": list(choice.damping or ())},
+    }[found.chosen]
+    return stored.seal(
+        {
+            "settings": settings,
+            "protocol": protocol,
+            "lml": {**lml, "damping_scale": "relative"},
+            **found.as_dict(),
+        }
+    )
+
+
+def row(values: Mapping[str, Any]) -> str:
+    """One line of what a calibration says."""
+    errors = values["errors"]
+    off, default, best = (errors[name]["unseen"] for name in ("off", "default", "calibrated"))
+    dampings = values["calibrated"]["damping"]
+    text = " ".join("-" if damping is None else f"{damping:.3g}" for damping in dampings)
+    return (
+        f"off {off:.4f}, default {default:.4f} ({_change(default, off)}), calibrated {best:.4f} "
+        f"({_change(best, off)}): {values['chosen']}; rank {values['calibrated']['rank']}, "
+        f"damping {text}"
+    )
+
+
+def _change(error: float, off: float) -> str:
+    return f"{100 * (error / off - 1):+.1f} %" if off and math.isfinite(error) else "-"
+
+
+_told: list[tuple[str, int, float, str]] = []  # of a sweep's cells in this process
+
+
+def tell(cfg: DictConfig, values: Mapping[str, Any]) -> None:
+    """Print what was found, and which of a sweep's cells is the best so far."""
+    if rank_and_world()[0]:
+        return
+    name = f"solver={cfg.solver.name} grid={cfg.grid.get('name', 'default')}"
+    print(f"{name} nfe={cfg.nfe}: {row(values)}", flush=True)
+    error = min(errors["unseen"] for errors in values["errors"].values())
+    _told.append((cfg.model.name, cfg.nfe, error, f"{name} lml={values['chosen']}"))
+    same = [entry for entry in _told if entry[:2] == _told[-1][:2]]
+    if len(same) > 1:
+        _, nfe, error, how = min(same, key=lambda entry: entry[2])
+        print(f"  best of {len(same)} for nfe={nfe}: {how}, {error:.4f}", flush=True)

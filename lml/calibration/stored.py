@@ -1,0 +1,101 @@
+"""Calibrations on the disk: what belongs to which settings, and how one is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lml.correction import METHOD_VERSION
+from lml.data.assets import ROOT
+from lml.errors import UserError
+from lml.store import differences, is_edited, read_json, sealed, settings_hash
+
+FILE = "calibration.json"
+PLACES = ("outputs/calibrations", "assets/calibrations")
+CHOSEN_BY_IT = ("name", "rank", "damping", "damping_scale", "calibration", "objective")
+
+
+def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    """What a calibration belongs to, of a run's config `cfg` and its model's settings."""
+    return {
+        "model": dict(model),
+        "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
+        "grid": {key: value for key, value in cfg["grid"].items() if key != "name"},
+        "nfe": cfg["nfe"],
+        "lml": {key: value for key, value in cfg["lml"].items() if key not in CHOSEN_BY_IT},
+        "objective": objective,
+        "method_version": METHOD_VERSION,
+    }
+
+
+def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The name of the folder for a calibration with these settings; its end is found by."""
+    parts = (
+        cfg["model"]["name"],
+        cfg["solver"]["name"],
+        cfg["grid"].get("name", "default"),
+        cfg["nfe"],
+        settings["objective"],
+        settings_hash(settings)[:10],
+    )
+    return "-".join(map(str, parts))
+
+
+def read(path: Path, key: str) -> dict[str, Any]:
+    """A calibration's file. UserError, naming `key`, where it is damaged or was edited."""
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{key}={path}: there is no such file")
+    values = read_json(path)
+    lml, settings = values.get("lml"), values.get("settings")
+    if not isinstance(lml, dict) or not isinstance(settings, dict) or "seal" not in values:
+        raise UserError(f"{key}={path}: not a calibration that scripts/calibrate.py made")
+    if is_edited(values, "calibration"):
+        raise UserError(f"{key}={path}: edited after it was made; make it again")
+    return values
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as `read` takes them."""
+    return sealed(values, "calibration")
+
+
+def find(settings: Mapping[str, Any]) -> Path | None:
+    """The file of the calibration with exactly these settings, or None."""
+    digest = settings_hash(settings)[:10]
+    for place in PLACES:
+        for base in dict.fromkeys((Path.cwd(), ROOT)):
+            for file in sorted(base.joinpath(place).glob(f"*-{digest}/{FILE}")):
+                return file
+    return None
+
+
+def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """`cfg` with the options of its calibration as `lml`, where it asks for one.
+
+    `model` are the model's settings. UserError when there is no calibration of these settings, or
+    the file that `lml.calibration` names is of others.
+    """
+    lml = cfg["lml"]
+    if "calibration" not in lml:
+        return dict(cfg)
+    settings = settings_of(cfg, model, lml["objective"])
+    if lml["calibration"] is not None:
+        values = read(Path(lml["calibration"]), "lml.calibration")
+        if found := differences(settings, values["settings"]):
+            raise UserError(
+                f"lml.calibration={lml['calibration']}: made for other settings "
+                f"({'; '.join(found[:2])})"
+            )
+    elif (path := find(settings)) is not None:
+        values = read(path, "lml.calibration")
+    else:
+        grid = cfg["grid"].get("name", "default")
+        raise UserError(
+            "lml=calibrated: there is no calibration of these settings; make one: "
+            f"python scripts/calibrate.py model={cfg['model']['name']} "
+            f"solver={cfg['solver']['name']} grid={grid} nfe={cfg['nfe']}"
+        )
+    rest = {key: value for key, value in lml.items() if key not in CHOSEN_BY_IT}
+    return {**cfg, "lml": {"name": lml.get("name", "calibrated"), **rest, **values["lml"]}}
