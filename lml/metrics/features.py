@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -27,20 +26,20 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, width: int = 64, num_features: int = 256, num_classes: int = 10):
         super().__init__()
-        self.stem = nn.Sequential(_Block(12, width), _Block(width, 2 * width))
+        self.stem = nn.Sequential(_Block(3, width), _Block(width, 2 * width, pool=True))
         self.residual1 = nn.Sequential(_Block(2 * width, 2 * width), _Block(2 * width, 2 * width))
-        self.middle = _Block(2 * width, num_features, pool=True)
+        self.middle = nn.Sequential(
+            _Block(2 * width, 4 * width, pool=True), _Block(4 * width, num_features, pool=True)
+        )
         self.residual2 = nn.Sequential(
             _Block(num_features, num_features), _Block(num_features, num_features)
         )
-        self.last = _Block(num_features, num_features, pool=True)
         self.head = nn.Linear(num_features, num_classes)
         self.num_features = num_features
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images / 127.5 - 1).to(dtype=self.head.weight.dtype)
-        x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-        x = self.stem(x)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         x = self.middle(x + self.residual1(x))
-        x = self.last(x + self.residual2(x))
+        x = x + self.residual2(x)
         return x.mean((2, 3)).float()
