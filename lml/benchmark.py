@@ -42,7 +42,7 @@ from lml.errors import UserError
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
-from lml.store import check_output
+from lml.store import check_output, write_json
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -506,7 +506,7 @@ def benchmark(cfg: DictConfig) -> list[Row]:
     if cfg.out is not None:
         lines = [{**asdict(row), "met": row.met} for row in rows]
         result = {"machine": machine, "rows": lines, "speeds": speeds}
-        Path(cfg.out).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(Path(cfg.out), result, "out")
     return rows
 
 

@@ -7,9 +7,11 @@ import contextlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -505,9 +507,9 @@ def generate(
             _finish(folder, count, planned.prompts, timing)
         return folder, timing
     except BaseException as error:
-        if rank == 0:
+        if rank == 0 and not folder.is_replacing:
             with contextlib.suppress(UserError):
-                done = folder.write_manifest(count)
+                done = folder.write_manifest(count, finished=False)
                 if isinstance(error, KeyboardInterrupt):
                     error.args = (
                         f"interrupted: {done} of {count} images stored; "
@@ -522,9 +524,11 @@ def generate(
 def _open(
     folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: bool, latents: bool
 ) -> set[int]:
+    count = cfg["num_images"]
     folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"], wait)
     try:
-        stored, broken = folder.survey(cfg["num_images"])
+        stored, broken = folder.survey(count)
+        complete = folder.read_manifest().get("complete")
     except BaseException:
         folder.close()
         raise
@@ -532,6 +536,9 @@ def _open(
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         names = ", ".join(broken[:5])
         observer.say(f"{folder.images}: broken or not this run's, made again: {names}{more}")
+    if len(stored) == count and not complete and not (folder.path / "timing.json").exists():
+        # Cut after its last image: the last batch again, so that there is a time to tell.
+        stored -= set(range(count - 1 - (count - 1) % cfg["batch_size"], count))
     # An image whose latents are asked for and were not kept is made again, the same.
     return {i for i in stored if not latents or folder.latents_path(i).exists()}
 
@@ -572,9 +579,13 @@ class Share:
         observer.begin(sum(map(len, blocks)))
         start = time.perf_counter()
         with contextlib.closing(watch), Writer(self.folder) as writer:
-            for block in blocks:
-                # A block is made whole, even if one image is missing: its composition is fixed.
-                pixels = self._batch(sampler, block, watch)
+            # A block is made whole, even if one image is missing: its composition is fixed.
+            batches = ((block, self._batch(sampler, block, watch)) for block in blocks)
+            if self.cfg["overwrite"]:
+                # What cannot be made, for whatever reason, replaces nothing.
+                batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
+                on_first(self.folder.begin)
+            for block, pixels in batches:
                 latents = [None] * len(block)
                 if self.latents:
                     latents = sampler.latents.float().cpu().numpy()
@@ -647,7 +658,7 @@ class Share:
         except torch.cuda.OutOfMemoryError:
             raise self._out_of_memory() from None
         except RuntimeError as error:
-            if "No available kernel" in str(error):
+            if re.search("No (available kernel|viable backend)", str(error)):
                 raise RunError(f"attention={name}: not for this model, type and device") from None
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -693,13 +704,15 @@ class Share:
 def _finish(
     folder: RunFolder, count: int, prompts: prompt_sets.PromptSet | None, timing: Mapping[str, Any]
 ) -> None:
-    folder.write_manifest(count)
-    if prompts is not None:
-        prompts.save(folder.path / prompt_sets.FILE)
     if timing:
         write_json(folder.path / "timing.json", sealed(timing, folder.hash, "timing"))
+    if prompts is not None:
+        write_atomic(folder.path / prompt_sets.FILE, prompts.to_jsonl())
     if timing or not (folder.path / "grid.png").exists():
         write_atomic(folder.path / "grid.png", draw_grid(folder, min(count, 64)))
+    # Last, since it says that all is there.
+    if timing or not folder.read_manifest().get("complete"):
+        folder.write_manifest(count)
 
 
 def draw_grid(folder: RunFolder, count: int) -> bytes:

@@ -33,9 +33,9 @@ from PIL import Image, PngImagePlugin
 
 from lml.data.images import LATENTS, latents_path, open_image
 from lml.errors import UserError
-from lml.files import file_hash, load_json, load_yaml
+from lml.files import file_hash, load_json, load_yaml, replacing
 
-IMAGE = re.compile(r"\d{6,}\.png")
+DIGITS = 6  # of an image's name, at least
 SEAL = "lml-seal"
 # What a run's folder holds beside its configuration, its images and their latents.
 WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
@@ -65,25 +65,22 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(settings).encode()).hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str, key: str = "run_dir") -> None:
-    """Write the whole file or leave what was there.
+def write_atomic(path: Path, data: bytes | str, key: str = "run_dir", durable: bool = True) -> None:
+    """Write the whole file or leave what was there, as `lml.files.replacing` does.
 
     RunError when the disk is full or read-only; `key` is what the user gave the folder as.
     """
     data = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with replacing(path, durable) as file:
+            file.write(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise disk_error(path.parent, error, key) from None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, key: str = "run_dir") -> None:
     """`value` as indented JSON, written like `write_atomic`."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+    write_atomic(path, json.dumps(value, indent=2) + "\n", key)
 
 
 def merge_json(path: Path, entries: Mapping[str, Any]) -> None:
@@ -139,6 +136,27 @@ def check_output(path: str | Path, key: str) -> None:
     raise UserError(f"{key}={path}: among the files of the run in {folder}; choose another place")
 
 
+def image_name(index: int, num_images: int | None) -> str:
+    """The name of an image of a run of so many: all as long, so that they sort by number."""
+    width = DIGITS if num_images is None else max(DIGITS, len(str(num_images - 1)))
+    return f"{index:0{width}d}.png"
+
+
+def image_index(name: str, num_images: int | None) -> int | None:
+    """The index of the image of that name; None where a run of so many has no such image."""
+    if not re.fullmatch(rf"[0-9]{{{DIGITS},18}}\.png", name):
+        return None
+    index = int(name.removesuffix(".png"))
+    is_there = num_images is None or index < num_images
+    return index if is_there and image_name(index, num_images) == name else None
+
+
+def _names(folder: Path) -> list[str]:
+    # pathlib's objects take ten times as long, and a run may have a million images
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
 class RunFolder:
     """One run's folder. `settings` determine the images; `hash` is theirs, and seals each image.
 
@@ -151,68 +169,120 @@ class RunFolder:
         self.settings = settings
         self.hash = settings_hash(settings)
         self._lock = FileLock(self.path / ".lock")
+        self._replaced: Mapping[str, Any] | None = None  # the settings of a run to be replaced
+        self._config: str | None = None  # config.yaml, as long as it has to be written
 
     def open(self, config: Mapping[str, Any], overwrite: bool = False, wait: bool = False) -> None:
         """Make the folder, or go on with the run in it, and lock it until `close`.
 
         `config` is written as config.yaml unless it is there. With `wait`, another process that
-        writes to the folder is let finish. With `overwrite`, what a run wrote there is removed,
-        also if it was this one. Raises UserError for a folder that holds another run, for one that
-        is no run's, for one among a run's images, for one in use and for one that cannot be written
-        to.
+        writes to the folder is let finish. With `overwrite`, what a run wrote there is replaced,
+        also if it was this one, but not before `begin`. Raises UserError for a folder that holds
+        another run, for one that is no run's, for one among a run's images, for one whose
+        config.yaml was edited, for one in use and for one that cannot be written to.
         """
         check_output(self.path, "run_dir")
         self._check(overwrite)
-        text = OmegaConf.to_yaml({**config, "settings": dict(self.settings)})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=-1 if wait else 0)
-            if not self._check(overwrite) or overwrite:
-                self._clear()
-                write_atomic(self.path / "config.yaml", text)
+            held = self._check(overwrite)
+            self._replaced = held if overwrite else None
+            if overwrite or held != self.settings:
+                self._config = OmegaConf.to_yaml({**config, "settings": dict(self.settings)})
+            if self._replaced is None:
+                self.begin()
             self.images.mkdir(exist_ok=True)
-            for partial in [*self.path.glob(".*.tmp"), *self.images.glob(".*.tmp")]:
-                partial.unlink()
+            for folder in (self.path, self.images):
+                for name in _names(folder):
+                    if name.startswith(".") and name.endswith(".tmp"):
+                        (folder / name).unlink()
         except Timeout:
             raise UserError(f"run_dir={self.path}: another process is writing to it") from None
         except OSError as error:
             raise disk_error(self.path, error) from None
 
+    def begin(self) -> None:
+        """Remove what an earlier run wrote, where `open` found one that is to be replaced.
+
+        To be called when the first images are made, and only to be written. At whatever moment it
+        is cut, the folder is one of the earlier run, not complete, or one of this.
+        """
+        if self._config is None:
+            return
+        try:
+            with replacing(self.path / "config.yaml") as file:
+                file.write(self._config.encode())
+                file.flush()  # a full disk is noticed before anything is gone
+                self._clear()
+        except OSError as error:
+            raise disk_error(self.path, error) from None
+        self._config = self._replaced = None
+
+    def _clear(self) -> None:
+        there = _names(self.path)
+        for name in (*WRITTEN, APART):  # the manifest first
+            if name in there:
+                (self.path / name).unlink()
+        for folder, suffix in ((self.path / LATENTS, ".npy"), (self.images, ".png")):
+            for name in _names(folder) if folder.is_dir() else ():
+                stem = name.removesuffix(suffix)
+                if stem != name and self._owns(f"{stem}.png", self.settings.get("num_images")):
+                    (folder / name).unlink()
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether what is in the folder is still that of a run to be replaced."""
+        return self._replaced is not None
+
     def close(self) -> None:
         """Let others write to the folder."""
         self._lock.release(force=True)
 
-    def _check(self, overwrite: bool) -> bool:
-        """Whether the folder holds this run already. UserError when it must not be touched."""
+    def _check(self, overwrite: bool) -> Mapping[str, Any] | None:
+        """The settings of the run in the folder, if any. UserError when it must not be touched."""
         if not self.path.exists():
-            return False
+            return None
         if not self.path.is_dir():
             raise UserError(f"run_dir={self.path}: a file; a folder is asked")
-        names = [file.name for file in self.path.iterdir() if not file.name.startswith(".")]
-        if not names:
-            return False
-        found = differences(self.settings, read_config(self.path)["settings"])
+        if all(name.startswith(".") for name in _names(self.path)):
+            return None
+        settings = read_config(self.path)["settings"]
+        found = differences(self.settings, settings)
         # A run that has no image yet (its network would not load, say) has nothing to lose.
-        if found and not overwrite and any(self.images.glob("*.png")):
+        if found and not overwrite and any(name.endswith(".png") for name in self._images()):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
             raise UserError(
                 f"run_dir={self.path}: holds a run with other settings ({'; '.join(found[:2])}"
                 f"{more}); choose another folder, or overwrite=true to replace that run"
             )
-        return not found
+        if not found and not overwrite and self.is_config_edited():
+            raise UserError(
+                f"run_dir={self.path}: config.yaml was edited after the run; restore it, or "
+                "overwrite=true makes the run anew"
+            )
+        return settings if found else self.settings
 
-    def _clear(self) -> None:
-        for file in self.images.glob("*.png"):
-            if IMAGE.fullmatch(file.name):
-                file.unlink()
-        for name in (*WRITTEN, APART):
-            (self.path / name).unlink(missing_ok=True)
-        for file in (self.path / LATENTS).glob("*.npy"):
-            file.unlink()
+    def is_config_edited(self) -> bool:
+        """Whether config.yaml is another than the one that the manifest, if there is one, says."""
+        recorded = self.read_manifest().get("config_sha256")
+        return recorded is not None and recorded != file_hash(self.path / "config.yaml")
+
+    def _images(self) -> list[str]:
+        """The names in images/, sorted, but for hidden ones."""
+        names = _names(self.images) if self.images.is_dir() else []
+        return sorted(name for name in names if not name.startswith("."))
+
+    def _owns(self, name: str, num_images: int | None) -> bool:
+        """Whether an image of this run, of so many, or of the one to be replaced has that name."""
+        if image_index(name, num_images) is not None:
+            return True
+        theirs = self._replaced
+        return theirs is not None and image_index(name, theirs.get("num_images")) is not None
 
     def image_path(self, index: int) -> Path:
         """Where image `index` is stored."""
-        return self.images / f"{index:06d}.png"
+        return self.images / image_name(index, self.settings.get("num_images"))
 
     def seal(self, index: int, pixels: np.ndarray) -> str:
         """sha256 over the run, the index and the uint8 pixels (H, W, C)."""
@@ -232,13 +302,13 @@ class RunFolder:
             buffer = io.BytesIO()
             np.save(buffer, latents)
             self.latents_path(index).parent.mkdir(exist_ok=True)
-            write_atomic(self.latents_path(index), buffer.getvalue())
+            write_atomic(self.latents_path(index), buffer.getvalue(), durable=False)
         text = PngImagePlugin.PngInfo()
         text.add_text(SEAL, self.seal(index, pixels))
         buffer = io.BytesIO()
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         image.save(buffer, "PNG", pnginfo=text)
-        write_atomic(self.image_path(index), buffer.getvalue())
+        write_atomic(self.image_path(index), buffer.getvalue(), durable=False)
 
     def holds(self, index: int) -> bool | None:
         """Whether image `index` is there and whole; None when there is no such file."""
@@ -256,38 +326,44 @@ class RunFolder:
     def survey(self, num_images: int) -> tuple[set[int], list[str]]:
         """Which images are stored, and the names of files that are broken or of another run.
 
-        A file whose sha256 is in the manifest needs no decoding. Raises UserError for images in the
-        folder that could not be this run's, since metrics would count them.
+        A file whose sha256 is in the manifest needs no decoding. Of a run that is to be replaced
+        none is. Raises UserError for images in the folder that could not be this run's, nor its,
+        since metrics would count them.
         """
-        known = self.read_manifest().get("images", {})
-        expected = {self.image_path(index).name for index in range(num_images)}
-        for name in sorted(f.name for f in self.images.iterdir() if not f.name.startswith(".")):
-            if name not in expected:
+        names = self._images()
+        for name in names:
+            if not self._owns(name, num_images):
                 raise UserError(f"{self.images / name}: not one of this run's images; move it away")
+        if self.is_replacing:
+            return set(), []
+        found = {image_index(name, num_images): name for name in names}
+        known = self.read_manifest().get("images", {})
 
         def check(index: int) -> bool | None:
-            path = self.image_path(index)
-            if path.name in known and path.is_file() and file_hash(path) == known[path.name]:
+            path, name = self.images / found[index], found[index]
+            if name in known and path.is_file() and file_hash(path) == known[name]:
                 return True
             return self.holds(index)
 
         with ThreadPoolExecutor() as pool:
-            states = list(pool.map(check, range(num_images)))
-        stored = {index for index, state in enumerate(states) if state}
-        broken = [self.image_path(i).name for i, state in enumerate(states) if state is False]
-        return stored, broken
+            states = dict(zip(found, pool.map(check, found), strict=True))
+        stored = {index for index, state in states.items() if state}
+        return stored, [found[index] for index, state in states.items() if state is False]
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, or {} when there is none of this run's."""
         manifest = read_json(self.path / "manifest.json")
         return manifest if manifest.get("settings_sha256") == self.hash else {}
 
-    def write_manifest(self, num_images: int) -> int:
-        """Say what is stored, and return how many images are."""
-        paths = [self.image_path(index) for index in range(num_images)]
-        images = {path.name: file_hash(path) for path in paths if path.exists()}
+    def write_manifest(self, num_images: int, finished: bool = True) -> int:
+        """Say what is stored, and return how many images are.
+
+        The run is complete when all are, and `finished` says that nothing else has to be written.
+        """
+        names = [name for name in self._images() if image_index(name, num_images) is not None]
+        images = {name: file_hash(self.images / name) for name in names}
         manifest = {
-            "complete": len(images) == num_images,
+            "complete": finished and len(images) == num_images,
             "count": len(images),
             "num_images": num_images,
             "settings_sha256": self.hash,

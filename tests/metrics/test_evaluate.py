@@ -234,7 +234,7 @@ def test_the_script_finds_prompts(script, data, monkeypatch, tmp_path):
             .permute(0, 2, 3, 1)
         ),
     )
-    text(tmp_path / "p.txt").save(tmp_path / "run/prompts.jsonl")
+    (tmp_path / "run/prompts.jsonl").write_text(text(tmp_path / "p.txt").to_jsonl())
     outcome = script("evaluate", "images=run/images", *metric)
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((tmp_path / "scores.json").read_text())["letters"]["value"] == first

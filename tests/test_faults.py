@@ -1,0 +1,231 @@
+"""Faults of the disk and of the power: at every moment at which a tool writes, whatever it writes.
+
+What is told of every operation is Python's own audit hook: a file opened to be written, a name that
+is changed, made or removed, in whatever module. So a new file is among the moments by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lml import files, runner, store
+from lml.configs import compose
+from lml.data import prompts as prompt_sets
+from lml.errors import UserError
+from lml.sweep import Ledger
+
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.link", "os.rmdir", "os.truncate")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+class Killed(BaseException):
+    """Nothing is written any more, not even what tidies up."""
+
+
+@dataclass
+class Disk:
+    """The folder in which operations are counted; from number `stop` on each raises `error`."""
+
+    folder: str | None = None
+    only: tuple[str, ...] = ()
+    error: Callable[[], BaseException] | None = None
+    stop: int = 0
+    count: int = 0
+
+    def hear(self, event: str, args: tuple) -> None:
+        """What Python tells of an operation."""
+        if self.folder is None or event not in ("open", *CHANGES):
+            return
+        if not str(os.fspath(args[0]) if hasattr(args[0], "__fspath__") else args[0]).startswith(
+            self.folder
+        ):
+            return
+        if event == "open" and not (args[2] or 0) & WRITING:
+            return
+        if self.only and event not in self.only:
+            return
+        self.count += 1
+        if self.error is not None and self.count > self.stop:
+            raise self.error()
+
+
+DISK = Disk()
+sys.addaudithook(lambda event, args: DISK.hear(event, args))  # there is no way to remove one
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_only() -> OSError:
+    return OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+class HalfWritten(io.FileIO):
+    """A file for which the disk has no room: its first half is there."""
+
+    def write(self, data: bytes) -> int:
+        super().write(bytes(data)[: len(data) // 2])
+        raise full()
+
+
+# What goes wrong: which operations raise what; in "space", writing a file's content.
+FAULTS = {
+    "kill": ((), Killed),
+    "inodes": (("open", "os.mkdir"), full),
+    "read-only": ((), read_only),
+    "space": (("open",), None),
+}
+
+
+@contextlib.contextmanager
+def fault(kind: str, folder: Path, stop: int) -> Iterator[Disk]:
+    """From the operation number `stop` in `folder` on, the disk fails."""
+    only, error = FAULTS[kind]
+    DISK.folder, DISK.only, DISK.error = f"{folder}{os.sep}", only, error
+    DISK.stop, DISK.count = stop, 0
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "space":
+            opened = iter(range(10**9))
+
+            def narrow(path: Path, mode: str) -> io.IOBase:
+                return (open if next(opened) < stop else HalfWritten)(path, mode)
+
+            patch.setattr(files, "open", narrow, raising=False)
+        try:
+            yield DISK
+        finally:
+            DISK.folder = None
+
+
+# --- what is done ------------------------------------------------------------------------------
+
+MODEL = ["model=gaussian", "model.network.sample_size=4", "batch_size=2", "nfe=2", "device=cpu"]
+MODEL += ["progress=false", "num_images=2", "threads=1"]
+SCORED = ["metrics=[convergence]", "metrics.convergence.nfe=3"]
+
+
+class Silent(runner.Observer):
+    def say(self, line: str) -> None:
+        pass
+
+
+def sample(*overrides: str) -> Callable[[Path], None]:
+    configs = {}
+
+    def act(folder: Path) -> None:
+        if folder not in configs:
+            configs[folder] = compose(*MODEL, *overrides, f"run_dir={folder}/run", config="sample")
+        runner.run(configs[folder], Silent())
+
+    return act
+
+
+def evaluate(folder: Path) -> None:
+    reference = f"metrics.convergence.reference={folder}/run/images"
+    asked = ["metrics=convergence", f"run_dir={folder}/run", reference, "device=cpu", "threads=1"]
+    runner.evaluate_folder(compose(*asked, config="evaluate"), Silent())
+
+
+def keep_ledger(folder: Path) -> None:
+    ledger = Ledger(folder / "run")
+    try:
+        cell = {"run": "abc", "overrides": ["nfe=2"], "status": "done"}
+        ledger.write([cell])
+    finally:
+        ledger.close()
+
+
+# Each by what was done before it and what it does, to folder/run.
+ACTS = {
+    "new run": (None, sample("metrics=none")),
+    "overwritten": (sample("metrics=none", "seed=7"), sample("metrics=none", "overwrite=true")),
+    "scored": (sample("metrics=none"), evaluate),
+    "ledger": (None, keep_ledger),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is the same whenever it is made, and the names of what isn't."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not path.name.startswith("."):
+            changes = path.suffix in (".json", ".yaml")  # they have times in them
+            found[name] = b"" if changes else path.read_bytes()
+    return found
+
+
+def partials(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "provenance", dict)  # which asks git
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("name", ACTS)
+def test_whenever_it_is_cut_the_same_command_completes_it(tmp_path, name, kind):
+    before, act = ACTS[name]
+    whole, start = tmp_path / "whole", tmp_path / "start"
+    for folder in (start, whole):
+        folder.mkdir()
+        if before is not None:
+            before(folder)
+    old = contents(start)
+    act(whole)
+    expected, stop = contents(whole), 0
+    while True:
+        folder = tmp_path / "cut"
+        shutil.copytree(start, folder)
+        with fault(kind, folder, stop) as disk:
+            try:
+                act(folder)
+            except Killed:
+                assert kind == "kill"
+            except UserError as error:
+                line = str(error)
+                assert "\n" not in line and (
+                    full().strerror in line or read_only().strerror in line
+                )
+        if disk.count <= stop:
+            break
+        left = contents(folder)
+        if kind != "kill":
+            assert partials(folder) == [] or kind == "read-only"
+        if stop == 0:
+            assert left == old  # nothing is lost where nothing could be begun
+        if (folder / "run/manifest.json").exists():
+            config = store.read_config(folder / "run")
+            owner = store.RunFolder(folder / "run", config["settings"])
+            if runner.is_finished(owner, {}):
+                # what says that it is complete is
+                assert {n for n in left if n != "run/metrics.json"} in (
+                    {n for n in old if n != "run/metrics.json"},
+                    {n for n in expected if n != "run/metrics.json"},
+                )
+                assert {owner.holds(i) for i in range(2)} == {True}
+        act(folder)
+        assert contents(folder) == expected and partials(folder) == [], stop
+        shutil.rmtree(folder)
+        stop += 1
+    assert stop > 0
+
+
+def test_prompts_are_among_what_is_complete(tmp_path):
+    """They are those of models that are too large here."""
+    assert prompt_sets.FILE in store.WRITTEN
