@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -649,8 +649,8 @@ class Share:
         name = self.cfg["attention"]
         attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
         try:
-            with attention:
-                return sampler(self.scheduler, self.steps, seeds, prompts, **options)
+            with attention, _finite_images(sampler, self.scheduler) as checked:
+                return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
         except FloatingPointError as error:
             raise RunError(
                 f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
@@ -699,6 +699,39 @@ class Share:
             "threads": torch.get_num_threads(),
             "device": str(self.device),
         }
+
+
+@contextlib.contextmanager
+def _finite_images(
+    sampler: Sampler, scheduler: SchedulerMixin
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function that returns images of `sampler` if all their pixels are finite.
+
+    FloatingPointError when they aren't, or when a decoder inside returned what isn't: pipelines cut
+    infinite values to white. Not where the scheduler `may_diverge` and its latents have.
+    """
+    decoded: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple, output: Tensor) -> None:
+        decoded.append(output.isfinite().all())
+
+    def checked(images: Tensor) -> Tensor:
+        latents = sampler.latents
+        if torch.stack([images.isfinite().all(), *decoded]).all():
+            return images
+        if latents is not None and latents.isfinite().all():
+            raise FloatingPointError("the decoder returned NaN or inf")
+        if not getattr(scheduler, "may_diverge", False):
+            raise FloatingPointError("the solver returned NaN or inf")
+        return images
+
+    decoder = sampler.parts.get("decoder")
+    hook = None if decoder is None else decoder.register_forward_hook(look)
+    try:
+        yield checked
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def _finish(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import shutil
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lml import files, runner, store
 from lml.configs import compose
 from lml.data import prompts as prompt_sets
 from lml.errors import UserError
+from lml.schedulers import LMLDDIMScheduler
 from lml.sweep import Ledger
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.link", "os.rmdir", "os.truncate")
@@ -229,3 +232,43 @@ def test_whenever_it_is_cut_the_same_command_completes_it(tmp_path, name, kind):
 def test_prompts_are_among_what_is_complete(tmp_path):
     """They are those of models that are too large here."""
     assert prompt_sets.FILE in store.WRITTEN
+
+
+# --- a decoder that fails ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight", ["decoder.conv_out.bias", "post_quant_conv.bias"])
+@pytest.mark.parametrize("model", ["celebahq_ldm", "sd15"])
+def test_what_a_decoder_returns_is_finite_or_not_stored(
+    script, pipelines, prompts, tmp_path, model, weight, value
+):
+    """Images would be black for NaN, and white where a pipeline cuts infinity to one."""
+    folder = shutil.copytree(pipelines / model, tmp_path / "model")
+    (file,) = (*folder.glob("vae/*.safetensors"), *folder.glob("vqvae/*.safetensors"))
+    weights = load_file(file)
+    weights[weight][0] = value
+    save_file(weights, file)
+    arguments = [f"model={model}", f"model.path={folder}", "num_images=2", "batch_size=2", "nfe=2"]
+    arguments += ["metrics=none", "device=cpu", "run_dir=run", "solver=ddim", "threads=1"]
+    arguments += ["model.height=16", "model.width=16", *prompts] if model == "sd15" else []
+    outcome = script("sample", *arguments)
+    assert outcome.code == 2, outcome
+    assert outcome.err == (
+        f"model={model}: the decoder returned NaN or inf; images 0 to 1 not stored\n"
+    )
+    assert not any((tmp_path / "run/images").iterdir())
+
+
+def test_a_solver_that_ends_in_nan_stores_nothing(script, toy, tmp_path, monkeypatch):
+    """Though the network's outputs are finite."""
+    step = LMLDDIMScheduler.step
+
+    def spoiled(self, *args, **options):
+        sample = step(self, *args, **options)[0]
+        return (sample * float("nan"),) if args[1] == self.timesteps[-1] else (sample,)
+
+    monkeypatch.setattr(LMLDDIMScheduler, "step", functools.wraps(step)(spoiled))
+    outcome = script("sample", *toy, "solver=ddim", "run_dir=run", "lml=off")
+    assert outcome.code == 2 and "the solver returned NaN or inf; images 0 to 3" in outcome.err
+    assert not any((tmp_path / "run/images").iterdir())
