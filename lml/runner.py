@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from filelock import FileLock
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -58,11 +59,14 @@ from lml.store import (
     check_output,
     check_recorded,
     differences,
-    merge_json,
+    hold,
+    merge_metrics,
     read_config,
     read_json,
+    read_metrics,
     sealed,
     settings_hash,
+    why_not_sealed,
     write_atomic,
     write_json,
 )
@@ -331,20 +335,30 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             texts = on_first(partial(prompt_sets.find, folder.images))
             again = partial(replay, config, device)
             context = Context(reference, device, prompts=texts, replay=again, say=observer.say)
+            manifest = on_first(folder.read_manifest)
             results = evaluate(folder.images, metrics, context=context)
-            _keep(results, folder.path / "metrics.json", observer, config["metrics"], folder.hash)
+            observer.scored(results)  # first: should the disk be full, they have been seen
+            results = _sealed(results, config["metrics"], folder)
+            on_first(partial(folder.add_metrics, results, manifest))
     return folder.path
 
 
 def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
-    """Whether the run has all its images, and scores of all that the config `metrics` describes."""
+    """Whether the run has all its images, and scores of all that the config `metrics` describes.
+
+    Images that were touched since are read again; scores count with their seals.
+    """
+    if any(folder.changes(quick=True)):
+        return False
     results = read_json(folder.path / "metrics.json")
     for name, config in metrics.items():
-        digest = settings_hash(config)
-        # What older versions of scripts/evaluate.py scored does not say how it was asked for.
-        if name not in results or results[name].get("config_sha256", digest) != digest:
+        entry, digest = results.get(name), settings_hash(config)
+        if not isinstance(entry, dict) or why_not_sealed(entry, folder.hash, name):
             return False
-    return bool(folder.read_manifest().get("complete"))
+        # What older versions of scripts/evaluate.py scored does not say how it was asked for.
+        if entry.get("config_sha256", digest) != digest:
+            return False
+    return True
 
 
 def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
@@ -356,12 +370,10 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
     check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
-    reference, again, manifest = None, None, {}
+    reference, again, run = None, None, None
     if run_dir is not None:
         images = Path(run_dir) / "images"
         latents = (Path(run_dir) / LATENTS).is_dir()
-
-        read_config(run_dir)  # it is a run's; what is in it counts only where a metric asks
 
         def reference(**options: Any) -> Path:
             return reference_run(read_made(run_dir), device, observer, latents=latents, **options)
@@ -369,28 +381,62 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         def again(count: int) -> Replay:
             return replay(read_made(run_dir), device, count)
 
-        manifest = read_json(Path(run_dir) / "manifest.json")
-        if not manifest.get("complete"):
+        made = read_config(run_dir)  # it is a run's; what is made counts only where a metric asks
+        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
-    if run_dir is not None:
+        check_recorded(run_dir, made)
+        run = RunFolder(run_dir, made["settings"])
         default = Path(run_dir) / "metrics.json"
     else:
         # Not among the images: a run, and what is exported of it, refuse files that aren't theirs.
         folder = Path(os.path.abspath(images))
         default = folder.parent / f"{folder.name}.metrics.json"
     out = Path(out) if out else default
-    if run_dir is None or out.resolve() != default.resolve():
+    is_runs = run is not None and out.resolve() == default.resolve()
+    if not is_runs:
         check_output(out, "out")
     if Path(images).is_dir() and not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: {out.parent} cannot be written to; give out=FILE elsewhere")
+    read_metrics(out, f"out={out}")
     with joined():
+        manifest = on_first(partial(_check_images, run, images)) if run is not None else {}
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts, again, observer.say)
         results = evaluate(images, config["metrics"], context=context)
-        _keep(results, out, observer, config["metrics"], manifest.get("settings_sha256"))
+        observer.scored(results)  # first: should the disk be full, they have been seen
+        if run is not None:
+            results = _sealed(results, config["metrics"], run)
+        if is_runs:
+            on_first(partial(run.add_metrics, results, manifest))
+        else:
+            on_first(partial(_add_apart, out, results))
     return out
+
+
+def _check_images(run: RunFolder, images: Path) -> dict[str, Any]:
+    """The manifest of a run whose images are those that it made. UserError if they aren't."""
+    manifest = run.read_manifest()
+    if change := next(run.changes(), None):
+        raise UserError(
+            f"run_dir={run.path}: {change}; the same command as before mends the run, and "
+            f"images={images} scores them as they are"
+        )
+    return manifest
+
+
+def _add_apart(out: Path, results: Mapping[str, dict]) -> None:
+    with hold(FileLock(out.with_name(f".{out.name}.lock")), f"out={out}"):
+        merge_metrics(out, results, f"out={out}")
+
+
+def _sealed(
+    results: Mapping[str, dict], metrics: Mapping[str, Any], run: RunFolder
+) -> dict[str, dict]:
+    """The results of the config `metrics`: how they were asked for, and the run's seal."""
+    asked = {name: {"config_sha256": settings_hash(metrics[name])} for name in results}
+    return {name: sealed(entry | asked[name], run.hash, name) for name, entry in results.items()}
 
 
 def read_made(run_dir: str | Path) -> dict[str, Any]:
@@ -404,24 +450,6 @@ def read_made(run_dir: str | Path) -> dict[str, Any]:
     made = {key: value for key, value in config.items() if key not in apart}
     check_targets(made, f"run_dir={run_dir}")
     return {**made, "run_dir": run_dir}
-
-
-def _keep(
-    results: Mapping[str, dict],
-    path: Path,
-    observer: Observer,
-    metrics: Mapping[str, Any],
-    run: str | None,
-) -> None:
-    """Say the results of the config `metrics` and add them to a JSON file.
-
-    Those of a run say how they were asked for, and are sealed with its hash.
-    """
-    observer.scored(results)  # first: should the disk be full, they have been seen
-    if run is not None:
-        asked = {name: {"config_sha256": settings_hash(metrics[name])} for name in results}
-        results = {name: sealed(entry | asked[name], run, name) for name, entry in results.items()}
-    on_first(lambda: merge_json(path, results))
 
 
 def reference_run(
@@ -508,7 +536,7 @@ def generate(
         return folder, timing
     except BaseException as error:
         if rank == 0 and not folder.is_replacing:
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, OSError):
                 done = folder.write_manifest(count, finished=False)
                 if isinstance(error, KeyboardInterrupt):
                     error.args = (
@@ -527,6 +555,9 @@ def _open(
     count = cfg["num_images"]
     folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"], wait)
     try:
+        if cfg.get("metrics") and not cfg["overwrite"]:  # before there is anything to add
+            path = folder.path / "metrics.json"
+            read_metrics(path, f"run_dir={folder.path}: {path.name}")
         stored, broken = folder.survey(count)
         complete = folder.read_manifest().get("complete")
     except BaseException:

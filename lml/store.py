@@ -20,7 +20,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lml.errors import UserError
 from lml.files import file_hash, load_json, load_yaml, replacing
 
 DIGITS = 6  # of an image's name, at least
+WAIT = 60.0  # seconds that a process waits for another to have added its scores
 SEAL = "lml-seal"
 # What a run's folder holds beside its configuration, its images and their latents.
 WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
@@ -83,9 +84,48 @@ def write_json(path: Path, value: Any, key: str = "run_dir") -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n", key)
 
 
-def merge_json(path: Path, entries: Mapping[str, Any]) -> None:
-    """Add `entries` to the JSON object in `path`; those of the same name are replaced."""
-    write_json(path, {**read_json(path), **entries})
+def read_metrics(path: Path, label: str) -> dict[str, Any]:
+    """What a file of metrics says, {} without one.
+
+    UserError, beginning with `label`, for anything else: it could only be replaced.
+    """
+    try:
+        value = load_json(path)
+        entries = value.values() if isinstance(value, dict) else [None]
+        if not all(isinstance(entry, dict) and "value" in entry for entry in entries):
+            raise ValueError("no values by the names of metrics")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"{label}: not a file of metrics ({reason}); mend it, or move it away"
+        ) from None
+    return value
+
+
+def merge_metrics(path: Path, entries: Mapping[str, Any], label: str) -> None:
+    """Add `entries` to the file of metrics in `path`; those of the same name are replaced.
+
+    UserError as `read_metrics`. Of processes that do it at a time each waits for the others, if all
+    hold the lock of the file: of a run's metrics.json that is its folder's.
+    """
+    write_json(path, {**read_metrics(path, label), **entries}, label.partition("=")[0])
+
+
+@contextlib.contextmanager
+def hold(lock: FileLock, label: str) -> Iterator[None]:
+    """Hold `lock`. UserError, beginning with `label`, when another process does for `WAIT` s."""
+    try:
+        lock.acquire(timeout=WAIT)
+    except Timeout:
+        raise UserError(f"{label}: another process is writing to it") from None
+    except OSError as error:
+        raise disk_error(Path(lock.lock_file).parent, error, label.partition("=")[0]) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
@@ -94,9 +134,13 @@ def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
     return {**values, "seal": settings_hash({"values": values, "owner": owner})}
 
 
-def is_edited(values: Mapping[str, Any], *owner: str) -> bool:
-    """Whether `values` are others than when they were `sealed`. Without a seal nobody can say."""
-    return "seal" in values and values["seal"] != sealed(values, *owner)["seal"]
+def why_not_sealed(values: Mapping[str, Any], *owner: str) -> str | None:
+    """Why `values` are not to be believed; None when they are those that were `sealed`."""
+    if not values.get("seal"):
+        return "has no seal"
+    if values["seal"] != sealed(values, *owner)["seal"]:
+        return "was edited after it was written"
+    return None
 
 
 def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
@@ -256,17 +300,19 @@ class RunFolder:
                 f"run_dir={self.path}: holds a run with other settings ({'; '.join(found[:2])}"
                 f"{more}); choose another folder, or overwrite=true to replace that run"
             )
-        if not found and not overwrite and self.is_config_edited():
+        if not found and not overwrite and self._is_config_edited(self.read_manifest()):
             raise UserError(
                 f"run_dir={self.path}: config.yaml was edited after the run; restore it, or "
                 "overwrite=true makes the run anew"
             )
         return settings if found else self.settings
 
-    def is_config_edited(self) -> bool:
-        """Whether config.yaml is another than the one that the manifest, if there is one, says."""
-        recorded = self.read_manifest().get("config_sha256")
-        return recorded is not None and recorded != file_hash(self.path / "config.yaml")
+    def _is_config_edited(self, manifest: Mapping[str, Any]) -> bool:
+        recorded = manifest.get("config_sha256")
+        try:
+            return recorded is not None and recorded != file_hash(self.path / "config.yaml")
+        except OSError:
+            return True
 
     def _images(self) -> list[str]:
         """The names in images/, sorted, but for hidden ones."""
@@ -337,7 +383,8 @@ class RunFolder:
         if self.is_replacing:
             return set(), []
         found = {image_index(name, num_images): name for name in names}
-        known = self.read_manifest().get("images", {})
+        known = self.read_manifest().get("images")
+        known = known if isinstance(known, dict) else {}
 
         def check(index: int) -> bool | None:
             path, name = self.images / found[index], found[index]
@@ -349,6 +396,52 @@ class RunFolder:
             states = dict(zip(found, pool.map(check, found), strict=True))
         stored = {index for index, state in states.items() if state}
         return stored, [found[index] for index, state in states.items() if state is False]
+
+    def changes(self, quick: bool = False) -> Iterator[str]:
+        """What of a complete run is not as its manifest says, a few words each.
+
+        That is the names and the number of its images, their sha256, and that of config.yaml. If
+        `quick`, a file that is older than the manifest counts as what it was.
+        """
+        manifest = self.read_manifest()
+        known, count = manifest.get("images"), self.settings.get("num_images")
+        if not manifest.get("complete"):
+            yield "not complete"
+            return
+        if self._is_config_edited(manifest):
+            yield "config.yaml was edited after the run"
+        if not isinstance(known, dict) or not len(known) == manifest.get("num_images") == count:
+            yield f"manifest.json does not have {count} images"
+            return
+        try:
+            written = (self.path / "manifest.json").stat().st_mtime_ns
+            with os.scandir(self.images) as entries:
+                there = {e.name: e.stat() for e in entries if not e.name.startswith(".")}
+        except OSError:
+            yield "its images are not there"
+            return
+        for name in sorted(known.keys() | there.keys()):
+            if name not in there:
+                yield f"images/{name} is missing"
+            elif name not in known:
+                yield f"images/{name} is not one of its images (move it away)"
+            elif not (quick and there[name].st_size and there[name].st_mtime_ns <= written):
+                try:
+                    if file_hash(self.images / name) == known[name]:
+                        continue
+                except OSError:  # no file
+                    pass
+                yield f"images/{name} was changed after the run"
+
+    def add_metrics(self, entries: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Add `entries` to metrics.json: scores of the images that `manifest` lists, sealed.
+
+        UserError when the run was made anew meanwhile, or metrics.json is no file of metrics.
+        """
+        with hold(self._lock, f"run_dir={self.path}"):
+            if self.read_manifest() != manifest:
+                raise UserError(f"run_dir={self.path}: it has changed while it was scored")
+            merge_metrics(self.path / "metrics.json", entries, f"run_dir={self.path}: metrics.json")
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, or {} when there is none of this run's."""

@@ -30,7 +30,7 @@ from lml.errors import UserError, nearest, say
 from lml.files import dump_yaml, load_yaml
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
-from lml.store import canonical, disk_error, read_config, read_json, write_atomic
+from lml.store import canonical, disk_error, read_config, read_json, why_not_sealed, write_atomic
 
 MISSING, DONE, FAILED, REFUSED = "missing", "done", "failed", "refused"
 # Of metrics that say more than one number; without a part, the mean is meant.
@@ -72,7 +72,11 @@ def read_objective(cfg: Mapping[str, Any], folder: Path) -> float | None:
     if not cfg.get("sweep"):
         return None
     name, _, part = (objective := find_objective(cfg)).partition("/")
-    value = read_json(folder / "metrics.json")[name]["value"]
+    entry = read_json(folder / "metrics.json").get(name)
+    owner = str(read_json(folder / "manifest.json").get("settings_sha256"))
+    if reason := why_not_sealed(entry if isinstance(entry, dict) else {}, owner, name):
+        raise UserError(f"run_dir={folder}: metrics.json: {name} {reason}; nothing is chosen by it")
+    value = entry["value"]
     if isinstance(value, Mapping) != bool(part) or (part and part not in value):
         parts = " or ".join(f"{name}/{key}" for key in value) if isinstance(value, dict) else name
         raise UserError(f"sweep.objective={objective}: {parts} is asked")
@@ -323,7 +327,7 @@ class Sweep:
                 config = read_config(file.parent)
                 if _kind(config, config["settings"]) == kind:
                     rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
-            except (UserError, KeyError):  # a folder that something else was done to
+            except (UserError, KeyError, TypeError):  # a folder that something else was done to
                 continue
             if len(rates) == 5:
                 break

@@ -432,12 +432,25 @@ def test_an_entry_of_another_run_or_metric_is_noticed(make_run, tabulate):
     assert len(list(csv.DictReader((out / "results.csv").open()))) == 1
 
 
-def test_entries_of_older_runs_have_no_seal(make_run, tabulate):
+@pytest.mark.parametrize("seal", ["removed", None, "", 0])
+def test_what_has_no_seal_is_said_and_not_used(make_run, tabulate, seal):
+    """Or else an edited number is one without it."""
+
+    def spoil(values):
+        values.pop("seal")
+        values |= {} if seal == "removed" else {"seal": seal}
+
     run = make_run(value=1.25, timing=timing())
-    edit(run / "metrics.json", lambda entries: entries["fd"].pop("seal"))
-    edit(run / "timing.json", lambda entries: entries.pop("seal"))
-    out, said = tabulate(show=["fd", "timing"])
-    assert said == "" and "1.250" in (out / "fd.md").read_text()
+    make_run("default", value=2.0)
+    edit(run / "metrics.json", lambda entries: spoil(entries["fd"]))
+    edit(run / "timing.json", spoil)
+    out, said = tabulate()
+    assert said.splitlines() == [
+        f"outputs/study/{run.name}/timing.json: has no seal; not used",
+        f"outputs/study/{run.name}/metrics.json: fd has no seal; not used",
+    ]
+    rows = csv.DictReader((out / "results.csv").open())
+    assert {row["value"] for row in rows} == {"2.0"}
 
 
 def test_an_edited_config_or_timing_is_not_used(make_run, tabulate):
@@ -466,7 +479,11 @@ def test_an_edited_config_or_timing_is_not_used(make_run, tabulate):
 def test_a_broken_file_is_named_and_the_others_go_on(make_run, tabulate, content):
     broken = make_run(value=1.0)
     make_run("default", value=2.0)
-    (broken / "metrics.json").write_bytes(content.encode("latin1"))
+    file = broken / "metrics.json"
+    file.write_bytes(content.encode("latin1"))
+    if isinstance(entry := store.read_json(file).get("fd"), dict):
+        sha256 = store.read_json(broken / "manifest.json")["settings_sha256"]
+        store.write_json(file, {"fd": store.sealed(entry, sha256, "fd")})
     (broken / "timing.json").write_text("{")
     out, said = tabulate()
     first, second = said.splitlines()
@@ -487,8 +504,13 @@ def test_results_of_runs_that_are_gone_are_kept(make_run, tabulate):
     gone, stays = make_run(value=1.0), make_run("default", value=0.5)
     tabulate()
     shutil.rmtree(gone)
-    edit(stays / "metrics.json", lambda entries: entries["fd"].update(value=0.4))
-    edit(stays / "metrics.json", lambda entries: entries["fd"].pop("seal"))  # measured again
+    sha256 = store.read_json(stays / "manifest.json")["settings_sha256"]
+    edit(  # measured again
+        stays / "metrics.json",
+        lambda entries: entries.update(
+            fd=store.sealed({**entries["fd"], "value": 0.4}, sha256, "fd")
+        ),
+    )
     new = make_run("other", value=0.25)
     out, said = tabulate()
     assert said == ""

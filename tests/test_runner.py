@@ -492,6 +492,58 @@ def test_evaluate_scores_a_run_and_a_plain_folder(script, toy, finished, tmp_pat
     assert scores["convergence"]["value"] == in_run
 
 
+def repaint(run: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(run / "images/000004.png")
+
+
+def edit_seed(run: Path) -> None:
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("\nseed: 0\n", "\nseed: 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "line"),
+    [
+        (lambda run: (run / "images/000004.png").unlink(), "images/000004.png is missing; "),
+        (repaint, "images/000004.png was changed after the run; "),
+        (
+            lambda run: shutil.copy(run / "grid.png", run / "images/000010.png"),
+            "images/000010.png is not one of its images (move it away); ",
+        ),
+        (edit_seed, "config.yaml was edited after the run (manifest.json has another config_sha"),
+    ],
+)
+def test_scores_are_sealed_only_of_the_runs_own_images(script, toy, finished, tmp_path, harm, line):
+    shutil.copytree(finished / "images", tmp_path / "others")
+    asked = ["metrics=convergence", "metrics.convergence.reference=others", "threads=1"]
+    assert script("evaluate", "run_dir=finished", *asked).code == 0
+    before = (finished / "metrics.json").read_bytes()
+    harm(finished)
+    for out in ([], ["out=scores.json"]):
+        outcome = script("evaluate", "run_dir=finished", *asked, *out)
+        assert outcome.code == 2 and outcome.err.startswith(f"run_dir=finished: {line}"), outcome
+        assert outcome.err.count("\n") == 1 and outcome.out == ""
+    assert (finished / "metrics.json").read_bytes() == before
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("tool", ["sample", "evaluate", "evaluate apart"])
+def test_what_is_no_file_of_metrics_is_told_before_anything_is_made(
+    script, toy, finished, tmp_path, tool, monkeypatch
+):
+    calls = evaluations(monkeypatch)
+    file, asked = finished / "metrics.json", ["metrics=convergence", "metrics.convergence.nfe=6"]
+    if tool == "evaluate apart":
+        file, asked = tmp_path / "notes.md", [*asked, "out=notes.md"]
+    file.write_text('{"fd_cifar": {"value": 1},}')
+    run = [*toy] if tool == "sample" else ["threads=1"]
+    outcome = script(tool.split()[0], *run, "run_dir=finished", *asked)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and not calls, outcome
+    assert f"{file.name}: not a file of metrics (" in outcome.err
+    assert file.read_text() == '{"fd_cifar": {"value": 1},}'
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize("images", ["finished/images", "finished/images/", "link"])
 def test_a_run_goes_on_after_its_images_were_scored(script, toy, finished, tmp_path, images):
     """What is scored as a plain folder stays what it is: images alone."""

@@ -7,6 +7,8 @@ import io
 import os
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -236,11 +238,11 @@ class HalfWritten(io.FileIO):
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
     folder = make(tmp_path, 2)
-    store.write_json(tmp_path / "metrics.json", {"a": 1})
+    store.write_json(tmp_path / "metrics.json", {"a": {"value": 1}})
     before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     monkeypatch.setattr(files, "open", HalfWritten, raising=False)
     with pytest.raises(RunError, match="No space left on device") as error:
-        store.merge_json(tmp_path / "metrics.json", {"b": 2})
+        store.merge_metrics(tmp_path / "metrics.json", {"b": {"value": 2}}, f"run_dir={tmp_path}")
     assert str(error.value).startswith(f"run_dir={tmp_path}") and "\n" not in str(error.value)
     with pytest.raises(RunError, match="No space left"), Writer(folder) as writer:
         writer.submit((i, pixels(i)) for i in (1, 2))
@@ -265,14 +267,75 @@ def test_a_disk_that_really_is_full(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_metrics_are_merged_and_a_broken_file_is_replaced(tmp_path):
+def test_metrics_are_merged(tmp_path):
     path = tmp_path / "metrics.json"
-    store.merge_json(path, {"a": 1, "b": 1})
-    store.merge_json(path, {"b": 2})
-    assert store.read_json(path) == {"a": 1, "b": 2}
-    path.write_text("{")
-    store.merge_json(path, {"c": 3})
-    assert store.read_json(path) == {"c": 3}
+    one, two = {"value": 1}, {"value": {"mean": 2.0}}
+    store.merge_metrics(path, {"a": one, "b": one}, "out=x")
+    store.merge_metrics(path, {"b": two}, "out=x")
+    assert store.read_json(path) == {"a": one, "b": two}
+    path.write_text("{}")
+    store.merge_metrics(path, {"c": two}, "out=x")
+    assert store.read_json(path) == {"c": two}
+
+
+NO_METRICS = [
+    "",
+    "# Notes",
+    "[]",
+    "3",
+    '{"a": {"value": 1},}',
+    '{"a": 3}',
+    '{"name": "x"}',
+    '{"a": {}}',
+]
+
+
+@pytest.mark.parametrize("content", [*NO_METRICS, "[" * 100_000, "\xff\xfe"])
+def test_what_is_no_file_of_metrics_is_not_replaced(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match=r"^out=x: not a file of metrics \(.*\); mend it") as error:
+        store.merge_metrics(path, {"a": {"value": 1}}, "out=x")
+    assert "\n" not in str(error.value) and path.read_bytes() == content.encode("latin1")
+
+
+def test_processes_that_add_scores_at_a_time_lose_none(tmp_path, monkeypatch):
+    folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    folder.close()
+    manifest, read = folder.read_manifest(), store.read_metrics
+
+    def slow(*args: object) -> dict:
+        found = read(*args)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(store, "read_metrics", slow)
+
+    def add(number: int) -> None:
+        other = RunFolder(tmp_path, folder.settings)
+        other.add_metrics({f"metric{number}": {"value": number}}, manifest)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(16)))
+    assert {entry["value"] for entry in read(tmp_path / "metrics.json", "x").values()} == {
+        *range(16)
+    }
+
+
+def test_scores_of_a_run_that_was_made_anew_meanwhile_are_not_added(tmp_path, monkeypatch):
+    folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    manifest = folder.read_manifest()
+    monkeypatch.setattr(store, "WAIT", 0)
+    with pytest.raises(UserError, match="another process is writing to it"):
+        RunFolder(tmp_path, folder.settings).add_metrics({}, manifest)
+    folder.write_image(1, pixels(7))
+    folder.write_manifest(4)
+    folder.close()
+    with pytest.raises(UserError, match=r"^run_dir=.*: it has changed while it was scored$"):
+        folder.add_metrics({"a": {"value": 1}}, manifest)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_the_writer_reports_the_batch_before_when_the_next_one_comes(tmp_path):
@@ -329,3 +392,63 @@ def test_a_run_of_more_than_a_million_images(tmp_path):
     assert folder.survey(1_000_001) == ({2, 999_999, 1_000_000}, [])
     assert folder.write_manifest(1_000_001) == 3
     assert list(folder.read_manifest()["images"]) == ["0000002.png", "0999999.png", "1000000.png"]
+
+
+# --- what a complete run is held against -------------------------------------------------------
+
+
+def remove(folder: RunFolder, path: Path) -> None:
+    path.unlink()
+
+
+def add(folder: RunFolder, path: Path) -> None:
+    shutil.copy(path, folder.images / "cat.png")
+
+
+def edit_config(folder: RunFolder, path: Path) -> None:
+    file = folder.path / "config.yaml"
+    file.write_text(file.read_text().replace("nfe: 10", "nfe: 9", 1))
+
+
+def edit_manifest(folder: RunFolder, path: Path) -> None:
+    """An image gone, and the manifest made to fit."""
+    path.unlink()
+    manifest = folder.read_manifest()
+    del manifest["images"][path.name]
+    store.write_json(folder.path / "manifest.json", {**manifest, "num_images": 3, "count": 3})
+
+
+CHANGES = {
+    remove: "images/000002.png is missing",
+    add: "images/cat.png is not one of its images (move it away)",
+    edit_config: "config.yaml was edited after the run",
+    edit_manifest: "manifest.json does not have 4 images",
+    **dict.fromkeys(
+        [truncate, empty, swap, repaint], "images/000002.png was changed after the run"
+    ),
+}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("harm", CHANGES)
+def test_a_changed_run_is_noticed(tmp_path, harm, quick):
+    folder = make(tmp_path / "run", 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    assert list(folder.changes(quick)) == []
+    harm(folder, folder.image_path(2))
+    assert list(folder.changes(quick)) == [CHANGES[harm]]
+
+
+def test_images_that_were_not_touched_are_not_read(tmp_path, monkeypatch):
+    folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    read = []
+    sha256 = store.file_hash
+    monkeypatch.setattr(store, "file_hash", lambda path: read.append(path.name) or sha256(path))
+    assert list(folder.changes(quick=True)) == [] and read == ["config.yaml"]
+    os.utime(folder.image_path(3))
+    assert list(folder.changes(quick=True)) == [] and read[2:] == ["000003.png"]
+    assert list(folder.changes()) == [] and len(read) == 3 + 5
+    folder.image_path(1).write_bytes(b"")  # as a power cut leaves it
+    os.utime(folder.image_path(1), (0, 0))
+    assert len(list(folder.changes(quick=True))) == 1

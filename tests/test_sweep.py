@@ -141,6 +141,65 @@ def test_finished_cells_are_skipped_and_a_missing_metric_is_all_that_is_made(
     assert script("sample", *TOY, *axes).code == 0 and len(made) == 7
 
 
+def edit_value(run: Path) -> None:
+    file = run / "metrics.json"
+    scores = json.loads(file.read_text())
+    scores["convergence"]["value"]["rmse"] = 0.001
+    file.write_text(json.dumps(scores))
+
+
+def remove_seal(run: Path) -> None:
+    edit_value(run)
+    file = run / "metrics.json"
+    scores = json.loads(file.read_text())
+    del scores["convergence"]["seal"]
+    file.write_text(json.dumps(scores))
+
+
+def remove_images(run: Path) -> None:
+    for index in range(5):
+        (run / f"images/{index:06d}.png").unlink()
+
+
+def repaint(run: Path) -> None:
+    (run / "images/000001.png").write_bytes((run / "images/000002.png").read_bytes())
+
+
+@pytest.mark.parametrize("harm", [edit_value, remove_seal, remove_images, repaint])
+def test_a_cell_that_was_changed_is_not_finished_and_is_made_again(script, tmp_path, made, harm):
+    arguments = [*TOY, *SCORED, "lml.damping=4,8", "sweep=damping_rank", "sweep.num_images=2"]
+    arguments += ["sweep.objective=convergence/rmse", "lml.rank=1", "seed=0", "nfe=3"]
+    outcome = script("sample", *arguments)
+    assert outcome.code == 0, outcome.err
+    best = outcome.out.splitlines()[-1]
+    tried = values(tmp_path, "rmse", num_images=6)
+    worst = max(tried, key=tried.get)
+    (run,) = {
+        cell["run"]
+        for cell in kept(tmp_path)["cells"]
+        if (cell["lml"]["rank"], cell["lml"]["damping"], cell["num_images"]) == (*worst, 6)
+    }
+    folder = tmp_path / "outputs/study" / run
+    before = values(tmp_path, "rmse")
+    harm(folder)
+    made.clear()
+    outcome = script("sample", *arguments)
+    assert outcome.code == 0 and "2 cells, 1 finished" in outcome.out and len(made) == 1
+    assert outcome.out.splitlines()[-1] == best and values(tmp_path, "rmse") == before
+    assert script("sample", *arguments).out.splitlines()[0].endswith("2 images each")
+
+
+@pytest.mark.parametrize("harm", [edit_value, remove_seal])
+def test_nothing_is_chosen_by_a_score_without_its_seal(script, tmp_path, harm):
+    assert script("sample", *TOY, *SCORED, "nfe=3").code == 0
+    (run,) = (path.parent for path in tmp_path.glob("outputs/study/*/metrics.json"))
+    cfg = {"sweep": {"objective": "convergence/rmse"}, "metrics": {"convergence": {}}}
+    assert sweep.read_objective(cfg, run) > 0.001
+    harm(run)
+    with pytest.raises(UserError, match=r"metrics\.json: convergence (has no|was edited)"):
+        sweep.read_objective(cfg, run)
+
+
 def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, monkeypatch):
     measured = []
     measure = runner.Share.measure

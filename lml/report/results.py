@@ -14,7 +14,7 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, nearest
 from lml.files import file_hash, load_json, load_yaml, open_regular
-from lml.store import canonical, is_edited, read_config, read_json, sealed
+from lml.store import canonical, read_config, read_json, sealed, why_not_sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
 STATUSES = ("done", "missing", "failed", "refused")
@@ -86,14 +86,14 @@ def collect(folder: Path, say: Say) -> list[Result]:
         setting = _setting(run, read_config(run))
         sha256 = manifest["settings_sha256"]
         timing = _read(run / "timing.json", say)
-        if is_edited(timing, sha256, "timing"):
-            say(f"{run / 'timing.json'}: was edited after it was written; not used")
+        if timing and (reason := why_not_sealed(timing, sha256, "timing")):
+            say(f"{run / 'timing.json'}: {reason}; not used")
             timing = {}
         values = list(_timing(timing, say, run / "timing.json"))
         setting["images_per_second"] = timing.get("images_per_second", math.nan)
         for name, entry in _read(run / "metrics.json", say).items():
-            if isinstance(entry, dict) and is_edited(entry, sha256, name):
-                say(f"{run / 'metrics.json'}: {name} was edited after it was written; not used")
+            if isinstance(entry, dict) and (reason := why_not_sealed(entry, sha256, name)):
+                say(f"{run / 'metrics.json'}: {name} {reason}; not used")
                 continue
             try:
                 values += _parts(name, entry)
@@ -242,8 +242,8 @@ def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
             for row in reader:
                 if set(reader.fieldnames) != {*columns, "seal"}:
                     older += row.get("run") not in runs
-                elif is_edited(row):
-                    say(f"{path}: line {reader.line_num} was edited after it was written; not used")
+                elif reason := why_not_sealed(row):
+                    say(f"{path}: line {reader.line_num} {reason}; not used")
                 else:
                     results.append(Result(**{k: kind(row[k]) for k, kind in columns.items()}))
     except FileNotFoundError:
