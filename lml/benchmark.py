@@ -42,7 +42,7 @@ from lml.errors import UserError
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
-from lml.store import check_output, write_json
+from lml.store import check_output, read_json, write_json
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -476,6 +476,8 @@ def benchmark(cfg: DictConfig) -> list[Row]:
             raise UserError(f"settings={setting}: one of {', '.join(SETTINGS)} is asked")
     if cfg.out is not None:
         check_output(cfg.out, "out")
+        if Path(cfg.out).exists() and not read_json(Path(cfg.out)).keys() >= {"machine", "rows"}:
+            raise UserError(f"out={cfg.out}: not a file of this script's; choose another")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     load = os.getloadavg()[0]

@@ -425,7 +425,7 @@ class RunFolder:
                 yield f"images/{name} is missing"
             elif name not in known:
                 yield f"images/{name} is not one of its images (move it away)"
-            elif not (quick and there[name].st_size and there[name].st_mtime_ns <= written):
+            elif not (quick and there[name].st_size and there[name].st_mtime_ns < written):
                 try:
                     if file_hash(self.images / name) == known[name]:
                         continue

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lml import configs, report, store
 from lml.data.assets import ROOT
+from lml.errors import UserError
 from lml.files import dump_yaml
 from lml.report import figures, labels, results, tables
 from lml.report.results import Cell, Result
@@ -533,7 +534,6 @@ def test_results_of_runs_that_are_gone_are_kept(make_run, tabulate):
         (",1.0,", ",0.1,7,", "line 2 was edited"),
         ("run,model", "run,models", "1 rows with other columns"),
         (",seal", "", "1 rows with other columns"),
-        ("run,model", "\0", "results.csv: "),
     ],
 )
 def test_an_edited_results_file_is_said_and_not_used(make_run, tabulate, old, new, line):
@@ -547,6 +547,38 @@ def test_an_edited_results_file_is_said_and_not_used(make_run, tabulate, old, ne
     _, said = tabulate()
     assert "experiments/study/results.csv: " in said and line in said
     assert {row["run"] for row in csv.DictReader(file.open())} == {stays.name}
+
+
+@pytest.mark.parametrize("content", ["", "# Notes", "a,b\n1,2\n", "run,metric\n", "\0", "\xff"])
+def test_what_is_no_file_of_results_is_not_replaced(make_run, tabulate, tmp_path, content):
+    make_run(value=1.0)
+    file = tmp_path / "experiments/study/results.csv"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content.encode("latin1"))
+    with pytest.raises(
+        UserError, match=r"^out=experiments/study: results\.csv in it is no file of"
+    ):
+        tabulate()
+    assert [path.read_bytes() for path in file.parent.iterdir()] == [content.encode("latin1")]
+
+
+@pytest.mark.parametrize("name", ["fd.md", "fd.tex", "fd.csv", "samples_nfe5.png"])
+def test_files_of_others_are_not_replaced(make_run, tabulate, tmp_path, name):
+    """Wherever somebody points it to."""
+    make_run(value=1.0)
+    make_run("default", value=2.0)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/notes.md").write_text("mine")
+    (tmp_path / "docs" / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"^out=docs: {name} in it is not of a study"):
+        tabulate(out="docs")
+    assert {path.name: path.read_text() for path in (tmp_path / "docs").iterdir()} == {
+        name: "mine",
+        "notes.md": "mine",
+    }
+    (tmp_path / "docs" / name).unlink()
+    tabulate(out="docs")
+    assert tabulate(out="docs")[1] == "" and (tmp_path / "docs/notes.md").read_text() == "mine"
 
 
 def test_the_committed_files_of_an_older_version_are_no_trouble(make_run, tabulate, tmp_path):

@@ -442,6 +442,8 @@ def test_a_changed_run_is_noticed(tmp_path, harm, quick):
 def test_images_that_were_not_touched_are_not_read(tmp_path, monkeypatch):
     folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
     folder.write_manifest(4)
+    for index in range(4):
+        os.utime(folder.image_path(index), (0, 0))
     read = []
     sha256 = store.file_hash
     monkeypatch.setattr(store, "file_hash", lambda path: read.append(path.name) or sha256(path))

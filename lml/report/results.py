@@ -256,6 +256,22 @@ def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
     return results
 
 
+def check_kept(path: Path, key: str) -> None:
+    """UserError, beginning with `key`, when `path` is there and is no results.csv of any version.
+
+    What is in it could only be lost.
+    """
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
+            columns = next(csv.reader(file), [])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, csv.Error):
+        columns = []
+    if not {"run", "metric", "value"} <= set(columns):
+        raise UserError(f"{key}: {path.name} in it is no file of results; mend it, or move it away")
+
+
 def merge(found: Sequence[Result], older: Sequence[Result], runs: Path) -> list[Result]:
     """`found`, and those older results whose run is in no folder under `runs` any more."""
     kept = [result for result in older if not (runs / result.run).is_dir()]
