@@ -21,17 +21,20 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """Images made so far, images/s and the time left: a bar in a terminal, else a line at times."""
+    """What is done, how much a second and the time left: a bar in a terminal, else a line at times.
 
-    def __init__(self, total: int, show: bool = True):
-        self.total, self.count = total, 0
+    It counts images, or what `unit` is.
+    """
+
+    def __init__(self, total: int, show: bool = True, unit: str = "image"):
+        self.total, self.count, self.unit = total, 0, f"{unit}s"
         self.start = self.said = time.monotonic()
         self.lines = show and not sys.stderr.isatty()
         hide = self.lines or not show
-        self.bar = tqdm(total=total, unit="image", dynamic_ncols=True, disable=hide)
+        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=hide)
 
     def update(self, count: int) -> None:
-        """`count` more images are made."""
+        """`count` more are done."""
         self.count += count
         self.bar.update(count)
         now = time.monotonic()
@@ -40,7 +43,7 @@ class Progress:
             rate = self.count / (now - self.start)
             left = tqdm.format_interval((self.total - self.count) / rate)
             print(
-                f"{self.count} of {self.total} images, {rate:.1f} images/s, {left} left",
+                f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from lml import files, runner, store
 from lml.configs import compose
-from lml.data import prompts as prompt_sets
 from lml.errors import UserError
 from lml.schedulers import LMLDDIMScheduler
 from lml.sweep import Ledger
@@ -229,9 +229,27 @@ def test_whenever_it_is_cut_the_same_command_completes_it(tmp_path, name, kind):
     assert stop > 0
 
 
-def test_prompts_are_among_what_is_complete(tmp_path):
-    """They are those of models that are too large here."""
-    assert prompt_sets.FILE in store.WRITTEN
+# --- many images -------------------------------------------------------------------------------
+
+
+class Started(BaseException):
+    """The first batch is made."""
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_of_a_million_images_starts_at_once(tmp_path, monkeypatch, again):
+    class Watching(Silent):
+        def made(self, count: int) -> None:
+            raise Started
+
+    arguments = [*MODEL, "num_images=1000000", "metrics=none", f"run_dir={tmp_path}/run"]
+    cfg = compose(*arguments, config="sample")
+    for _ in range(2 if again else 1):
+        start = time.process_time()
+        with pytest.raises(Started):
+            runner.run(cfg, Watching())
+        assert time.process_time() - start < 5
+    assert len(list((tmp_path / "run/images").glob("*.png"))) == (4 if again else 2)
 
 
 # --- a decoder that fails ----------------------------------------------------------------------
