@@ -14,16 +14,20 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from lml import files, runner, store
+from lml import export, files, report, runner, store
 from lml.configs import compose
+from lml.data import prompts as prompt_sets
 from lml.errors import UserError
+from lml.pipelines import pixel
+from lml.report import figures
 from lml.schedulers import LMLDDIMScheduler
 from lml.sweep import Ledger
 
@@ -134,10 +138,34 @@ def sample(*overrides: str) -> Callable[[Path], None]:
     return act
 
 
+plain = sample("metrics=none")
+
+
 def evaluate(folder: Path) -> None:
     reference = f"metrics.convergence.reference={folder}/run/images"
     asked = ["metrics=convergence", f"run_dir={folder}/run", reference, "device=cpu", "threads=1"]
     runner.evaluate_folder(compose(*asked, config="evaluate"), Silent())
+
+
+def prompted(folder: Path) -> None:
+    """A run of prompts, of a model that takes no time and that they say nothing to."""
+    entry = {"prompt": "a cat", "category": "color", "prompt_index": 0}
+    made = prompt_sets.PromptSet("text", tuple({**entry, "sample": k} for k in range(2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "choose_prompts", lambda cfg, model: made)
+        patch.setattr(pixel.PixelSampler, "cut", lambda self, texts: [], raising=False)
+        plain(folder)
+
+
+def tabulate(folder: Path) -> None:
+    paths = {"runs": str(folder), "out": str(folder / "tables")}
+    report.tabulate(OmegaConf.create({"name": "study", "show": None, **paths}))
+
+
+def lay_out(folder: Path) -> None:
+    layout = {"_target_": "lml.export.T2ICompBench", "model": "m", "sampler": "s"}
+    paths = {"run_dir": str(folder / "run"), "out": str(folder / "out")}
+    export.export(OmegaConf.create({"layout": layout, "prompts": {}, **paths}))
 
 
 def keep_ledger(folder: Path) -> None:
@@ -151,9 +179,11 @@ def keep_ledger(folder: Path) -> None:
 
 # Each by what was done before it and what it does, to folder/run.
 ACTS = {
-    "new run": (None, sample("metrics=none")),
     "overwritten": (sample("metrics=none", "seed=7"), sample("metrics=none", "overwrite=true")),
-    "scored": (sample("metrics=none"), evaluate),
+    "scored": (plain, evaluate),
+    "prompts": (None, prompted),
+    "tables": (plain, tabulate),
+    "layout": (prompted, lay_out),
     "ledger": (None, keep_ledger),
 }
 
@@ -169,6 +199,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def of_run(names: Iterable[str]) -> set[str]:
+    """What a run has when it is complete."""
+    return {name for name in names if name.startswith("run/")} - {"run/metrics.json"}
+
+
 def partials(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
 
@@ -177,6 +212,7 @@ def partials(folder: Path) -> list[Path]:
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "provenance", dict)  # which asks git
     monkeypatch.setattr(os, "fsync", lambda number: None)
+    monkeypatch.setattr(figures, "encode", lambda drawn: {"png": b"", "svg": b""})
     monkeypatch.chdir(tmp_path)
 
 
@@ -184,16 +220,16 @@ def quick(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ACTS)
 def test_whenever_it_is_cut_the_same_command_completes_it(tmp_path, name, kind):
     before, act = ACTS[name]
-    whole, start = tmp_path / "whole", tmp_path / "start"
-    for folder in (start, whole):
-        folder.mkdir()
-        if before is not None:
-            before(folder)
+    whole, start = (tmp_path / name / "study" for name in ("whole", "start"))
+    start.mkdir(parents=True)
+    if before is not None:
+        before(start)
+    shutil.copytree(start, whole)
     old = contents(start)
     act(whole)
     expected, stop = contents(whole), 0
     while True:
-        folder = tmp_path / "cut"
+        folder = tmp_path / "cut/study"
         shutil.copytree(start, folder)
         with fault(kind, folder, stop) as disk:
             try:
@@ -215,18 +251,18 @@ def test_whenever_it_is_cut_the_same_command_completes_it(tmp_path, name, kind):
         if (folder / "run/manifest.json").exists():
             config = store.read_config(folder / "run")
             owner = store.RunFolder(folder / "run", config["settings"])
-            if runner.is_finished(owner, {}):
-                # what says that it is complete is
-                assert {n for n in left if n != "run/metrics.json"} in (
-                    {n for n in old if n != "run/metrics.json"},
-                    {n for n in expected if n != "run/metrics.json"},
-                )
+            if runner.is_finished(owner, {}):  # what says that it is complete is
+                assert of_run(left) in (of_run(old), of_run(expected))
                 assert {owner.holds(i) for i in range(2)} == {True}
+        if kind == "read-only":  # all that is left is what a kill leaves
+            shutil.rmtree(folder)
+            stop += 1
+            continue
         act(folder)
         assert contents(folder) == expected and partials(folder) == [], stop
         shutil.rmtree(folder)
         stop += 1
-    assert stop > 0
+    assert stop > 0 or (name, kind) == ("layout", "space")  # it links, and writes nothing
 
 
 # --- many images -------------------------------------------------------------------------------
