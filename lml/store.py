@@ -241,10 +241,14 @@ class RunFolder:
                 for name in _names(folder):
                     if name.startswith(".") and name.endswith(".tmp"):
                         (folder / name).unlink()
-        except Timeout:
-            raise UserError(f"run_dir={self.path}: another process is writing to it") from None
-        except OSError as error:
-            raise disk_error(self.path, error) from None
+        except BaseException as error:
+            self.close()
+            if isinstance(error, Timeout):
+                line = f"run_dir={self.path}: another process is writing to it"
+                raise UserError(line) from None
+            if isinstance(error, OSError):
+                raise disk_error(self.path, error) from None
+            raise
 
     def begin(self) -> None:
         """Remove what an earlier run wrote, where `open` found one that is to be replaced.

@@ -106,7 +106,9 @@ def fault(kind: str, folder: Path, stop: int) -> Iterator[Disk]:
             opened = iter(range(10**9))
 
             def narrow(path: Path, mode: str) -> io.IOBase:
-                return (open if next(opened) < stop else HalfWritten)(path, mode)
+                if mode == "rb" or next(opened) < stop:
+                    return open(path, mode)
+                return io.BufferedWriter(HalfWritten(path, mode))
 
             patch.setattr(files, "open", narrow, raising=False)
         try:
