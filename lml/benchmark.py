@@ -42,7 +42,7 @@ from lml.errors import UserError
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
-from lml.store import check_output, read_json, write_json
+from lml.store import check_output, image_name, read_json, write_json
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -177,12 +177,13 @@ class TakingTurns(runner.Observer):
         self.ours, self.theirs, self.images = [], [], []
 
     def begin(self, total: int) -> None:
-        self.done = 0
+        self.done, self.total = 0, total
         self.start = time.perf_counter()
 
     def made(self, count: int) -> None:
         indices = range(self.done, self.done + count)
-        while not all((self.folder / f"images/{i:06d}.png").exists() for i in indices):
+        files = [self.folder / "images" / image_name(i, self.total) for i in indices]
+        while not all(file.exists() for file in files):
             time.sleep(1e-4)
         now = time.perf_counter()
         self.ours.append(now - self.start)

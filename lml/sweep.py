@@ -450,7 +450,9 @@ class Ledger:
         except FileNotFoundError:
             return [], []
         except (OSError, ValueError, TypeError, KeyError):
-            say(f"{self.path}: not a sweep's; written anew")
+            aside = self.path.with_name(f"{self.path.name}.broken")
+            os.replace(self.path, aside)
+            say(f"{self.path}: not a sweep's; kept as {aside.name}, and written anew")
             return [], []
 
     def write(self, cells: Sequence[dict[str, Any]]) -> None:

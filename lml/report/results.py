@@ -14,7 +14,7 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, nearest
 from lml.files import file_hash, load_json, load_yaml, open_regular
-from lml.store import canonical, read_config, read_json, sealed, why_not_sealed
+from lml.store import canonical, image_name, read_config, read_json, sealed, why_not_sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
 STATUSES = ("done", "missing", "failed", "refused")
@@ -126,7 +126,7 @@ def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "run": run.name,
         "model": config["model"]["name"],
         "model_sha256": hashlib.sha256(canonical(model).encode()).hexdigest()[:10],
-        "size": _size(run),
+        "size": _size(run, config["num_images"]),
         "solver": config["solver"]["name"],
         "solver_options": canonical(solver),
         "grid": config["grid"].get("name", "default"),
@@ -135,9 +135,9 @@ def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _size(run: Path) -> str:
+def _size(run: Path, num_images: int) -> str:
     try:
-        with open_image(run / "images/000000.png") as image:
+        with open_image(run / "images" / image_name(0, num_images)) as image:
             return f"{image.width}x{image.height}"
     except (OSError, ValueError):  # a run's images may have been thrown away
         return ""
