@@ -42,7 +42,7 @@ from lml.errors import UserError
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
-from lml.store import check_output
+from lml.store import check_output, image_name, read_json, write_json
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -177,12 +177,13 @@ class TakingTurns(runner.Observer):
         self.ours, self.theirs, self.images = [], [], []
 
     def begin(self, total: int) -> None:
-        self.done = 0
+        self.done, self.total = 0, total
         self.start = time.perf_counter()
 
     def made(self, count: int) -> None:
         indices = range(self.done, self.done + count)
-        while not all((self.folder / f"images/{i:06d}.png").exists() for i in indices):
+        files = [self.folder / "images" / image_name(i, self.total) for i in indices]
+        while not all(file.exists() for file in files):
             time.sleep(1e-4)
         now = time.perf_counter()
         self.ours.append(now - self.start)
@@ -476,6 +477,8 @@ def benchmark(cfg: DictConfig) -> list[Row]:
             raise UserError(f"settings={setting}: one of {', '.join(SETTINGS)} is asked")
     if cfg.out is not None:
         check_output(cfg.out, "out")
+        if Path(cfg.out).exists() and not read_json(Path(cfg.out)).keys() >= {"machine", "rows"}:
+            raise UserError(f"out={cfg.out}: not a file of this script's; choose another")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     load = os.getloadavg()[0]
@@ -506,7 +509,7 @@ def benchmark(cfg: DictConfig) -> list[Row]:
     if cfg.out is not None:
         lines = [{**asdict(row), "met": row.met} for row in rows]
         result = {"machine": machine, "rows": lines, "speeds": speeds}
-        Path(cfg.out).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(Path(cfg.out), result, "out")
     return rows
 
 

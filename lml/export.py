@@ -20,7 +20,7 @@ from lml.data.images import read
 from lml.data.prompts import FILE, PromptSet, load
 from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
-from lml.files import NAME_MAX, file_hash, plain_name
+from lml.files import NAME_MAX, file_hash, open_regular, plain_name, replacing
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
 from lml.store import (
@@ -173,9 +173,9 @@ def _place(image: Path, target: Path, sha256: str) -> None:
         if error.errno not in NO_LINKS:
             raise
         # beside the folder: all that is in it is scored
-        partial = target.parent.with_name(f".{os.getpid()}.tmp")
-        shutil.copyfile(image, partial)
-        partial.replace(target)
+        apart = target.parent.parent
+        with replacing(target, apart=apart) as copy, open_regular(image) as original:
+            shutil.copyfileobj(original, copy)
 
 
 # --- MS-COCO -----------------------------------------------------------------------------------
@@ -236,7 +236,8 @@ class CocoReference:
         if about.exists() and read_json(about) != rule:
             raise UserError(f"out={out}: holds another reference set; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps(rule, indent=2) + "\n")
+        with replacing(about) as file:
+            file.write((json.dumps(rule, indent=2) + "\n").encode())
 
     def _make(self, image: Path, target: Path) -> None:
         if target.exists():
@@ -245,6 +246,5 @@ class CocoReference:
         side = min(picture.size)
         left, top = ((length - side) // 2 for length in picture.size)
         picture = picture.crop((left, top, left + side, top + side))
-        partial = target.with_name(f".{target.name}.tmp")
-        picture.resize((self.size, self.size), Image.Resampling.LANCZOS).save(partial, "PNG")
-        partial.replace(target)
+        with replacing(target, durable=False) as file:
+            picture.resize((self.size, self.size), Image.Resampling.LANCZOS).save(file, "PNG")

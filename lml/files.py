@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -43,6 +45,29 @@ def read_bytes(path: str | Path) -> bytes:
 def read_text(path: str | Path) -> str:
     """The same in UTF-8; ValueError for what is no text."""
     return read_bytes(path).decode("utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = True, apart: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file that becomes `path` at the end of the block, or leaves what was there.
+
+    With `durable` the disk has its content before it has the name, so that after a power cut no
+    file says what isn't so. Until then it lies in the same folder, or in `apart` on the same disk.
+    OSError when the disk is full or read-only.
+    """
+    name = f".{path.name}.{os.getpid()}.tmp" if apart is None else f".{os.getpid()}.tmp"
+    partial = (apart or path.parent) / name
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def load_json(source: str | Path) -> Any:

@@ -7,16 +7,18 @@ import contextlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from filelock import FileLock
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -57,11 +60,14 @@ from lml.store import (
     check_output,
     check_recorded,
     differences,
-    merge_json,
+    hold,
+    merge_metrics,
     read_config,
     read_json,
+    read_metrics,
     sealed,
     settings_hash,
+    why_not_sealed,
     write_atomic,
     write_json,
 )
@@ -335,20 +341,30 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             texts = on_first(partial(prompt_sets.find, folder.images))
             again = partial(replay, config, device)
             context = Context(reference, device, prompts=texts, replay=again, say=observer.say)
+            manifest = on_first(folder.read_manifest)
             results = evaluate(folder.images, metrics, context=context)
-            _keep(results, folder.path / "metrics.json", observer, config["metrics"], folder.hash)
+            observer.scored(results)  # first: should the disk be full, they have been seen
+            results = _sealed(results, config["metrics"], folder)
+            on_first(partial(folder.add_metrics, results, manifest))
     return folder.path
 
 
 def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
-    """Whether the run has all its images, and scores of all that the config `metrics` describes."""
+    """Whether the run has all its images, and scores of all that the config `metrics` describes.
+
+    Images that were touched since are read again; scores count with their seals.
+    """
+    if any(folder.changes(quick=True)):
+        return False
     results = read_json(folder.path / "metrics.json")
     for name, config in metrics.items():
-        digest = settings_hash(config)
-        # What older versions of scripts/evaluate.py scored does not say how it was asked for.
-        if name not in results or results[name].get("config_sha256", digest) != digest:
+        entry, digest = results.get(name), settings_hash(config)
+        if not isinstance(entry, dict) or why_not_sealed(entry, folder.hash, name):
             return False
-    return bool(folder.read_manifest().get("complete"))
+        # What older versions of scripts/evaluate.py scored does not say how it was asked for.
+        if entry.get("config_sha256", digest) != digest:
+            return False
+    return True
 
 
 def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
@@ -360,12 +376,10 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
     check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
-    reference, again, manifest = None, None, {}
+    reference, again, run = None, None, None
     if run_dir is not None:
         images = Path(run_dir) / "images"
         latents = (Path(run_dir) / LATENTS).is_dir()
-
-        read_config(run_dir)  # it is a run's; what is in it counts only where a metric asks
 
         def reference(**options: Any) -> Path:
             return reference_run(read_made(run_dir), device, observer, latents=latents, **options)
@@ -373,28 +387,62 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         def again(count: int) -> Replay:
             return replay(read_made(run_dir), device, count)
 
-        manifest = read_json(Path(run_dir) / "manifest.json")
-        if not manifest.get("complete"):
+        made = read_config(run_dir)  # it is a run's; what is made counts only where a metric asks
+        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
-    if run_dir is not None:
+        check_recorded(run_dir, made)
+        run = RunFolder(run_dir, made["settings"])
         default = Path(run_dir) / "metrics.json"
     else:
         # Not among the images: a run, and what is exported of it, refuse files that aren't theirs.
         folder = Path(os.path.abspath(images))
         default = folder.parent / f"{folder.name}.metrics.json"
     out = Path(out) if out else default
-    if run_dir is None or out.resolve() != default.resolve():
+    is_runs = run is not None and out.resolve() == default.resolve()
+    if not is_runs:
         check_output(out, "out")
     if Path(images).is_dir() and not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: {out.parent} cannot be written to; give out=FILE elsewhere")
+    read_metrics(out, f"out={out}")
     with joined():
+        manifest = on_first(partial(_check_images, run, images)) if run is not None else {}
         texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
         context = Context(reference, device, config["batch_size"], texts, again, observer.say)
         results = evaluate(images, config["metrics"], context=context)
-        _keep(results, out, observer, config["metrics"], manifest.get("settings_sha256"))
+        observer.scored(results)  # first: should the disk be full, they have been seen
+        if run is not None:
+            results = _sealed(results, config["metrics"], run)
+        if is_runs:
+            on_first(partial(run.add_metrics, results, manifest))
+        else:
+            on_first(partial(_add_apart, out, results))
     return out
+
+
+def _check_images(run: RunFolder, images: Path) -> dict[str, Any]:
+    """The manifest of a run whose images are those that it made. UserError if they aren't."""
+    manifest = run.read_manifest()
+    if change := next(run.changes(), None):
+        raise UserError(
+            f"run_dir={run.path}: {change}; the same command as before mends the run, and "
+            f"images={images} scores them as they are"
+        )
+    return manifest
+
+
+def _add_apart(out: Path, results: Mapping[str, dict]) -> None:
+    with hold(FileLock(out.with_name(f".{out.name}.lock")), f"out={out}"):
+        merge_metrics(out, results, f"out={out}")
+
+
+def _sealed(
+    results: Mapping[str, dict], metrics: Mapping[str, Any], run: RunFolder
+) -> dict[str, dict]:
+    """The results of the config `metrics`: how they were asked for, and the run's seal."""
+    asked = {name: {"config_sha256": settings_hash(metrics[name])} for name in results}
+    return {name: sealed(entry | asked[name], run.hash, name) for name, entry in results.items()}
 
 
 def read_made(run_dir: str | Path) -> dict[str, Any]:
@@ -408,24 +456,6 @@ def read_made(run_dir: str | Path) -> dict[str, Any]:
     made = {key: value for key, value in config.items() if key not in apart}
     check_targets(made, f"run_dir={run_dir}")
     return {**made, "run_dir": run_dir}
-
-
-def _keep(
-    results: Mapping[str, dict],
-    path: Path,
-    observer: Observer,
-    metrics: Mapping[str, Any],
-    run: str | None,
-) -> None:
-    """Say the results of the config `metrics` and add them to a JSON file.
-
-    Those of a run say how they were asked for, and are sealed with its hash.
-    """
-    observer.scored(results)  # first: should the disk be full, they have been seen
-    if run is not None:
-        asked = {name: {"config_sha256": settings_hash(metrics[name])} for name in results}
-        results = {name: sealed(entry | asked[name], run, name) for name, entry in results.items()}
-    on_first(lambda: merge_json(path, results))
 
 
 def reference_run(
@@ -511,9 +541,9 @@ def generate(
             _finish(folder, count, planned.prompts, timing)
         return folder, timing
     except BaseException as error:
-        if rank == 0:
-            with contextlib.suppress(UserError):
-                done = folder.write_manifest(count)
+        if rank == 0 and not folder.is_replacing:
+            with contextlib.suppress(UserError, OSError):
+                done = folder.write_manifest(count, finished=False)
                 if isinstance(error, KeyboardInterrupt):
                     error.args = (
                         f"interrupted: {done} of {count} images stored; "
@@ -528,9 +558,14 @@ def generate(
 def _open(
     folder: RunFolder, cfg: Mapping[str, Any], observer: Observer, wait: bool, latents: bool
 ) -> set[int]:
+    count = cfg["num_images"]
     folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"], wait)
     try:
-        stored, broken = folder.survey(cfg["num_images"])
+        if cfg.get("metrics") and not cfg["overwrite"]:  # before there is anything to add
+            path = folder.path / "metrics.json"
+            read_metrics(path, f"run_dir={folder.path}: {path.name}")
+        stored, broken = folder.survey(count)
+        complete = folder.read_manifest().get("complete")
     except BaseException:
         folder.close()
         raise
@@ -538,6 +573,9 @@ def _open(
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         names = ", ".join(broken[:5])
         observer.say(f"{folder.images}: broken or not this run's, made again: {names}{more}")
+    if len(stored) == count and not complete and not (folder.path / "timing.json").exists():
+        # Cut after its last image: the last batch again, so that there is a time to tell.
+        stored -= set(range(count - 1 - (count - 1) % cfg["batch_size"], count))
     # An image whose latents are asked for and were not kept is made again, the same.
     return {i for i in stored if not latents or folder.latents_path(i).exists()}
 
@@ -588,9 +626,13 @@ class Share:
         observer.begin(sum(map(len, blocks)))
         start = time.perf_counter()
         with contextlib.closing(watch), Writer(self.folder) as writer:
-            for block in blocks:
-                # A block is made whole, even if one image is missing: its composition is fixed.
-                pixels = self._batch(sampler, block, watch)
+            # A block is made whole, even if one image is missing: its composition is fixed.
+            batches = ((block, self._batch(sampler, block, watch)) for block in blocks)
+            if self.cfg["overwrite"]:
+                # What cannot be made, for whatever reason, replaces nothing.
+                batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
+                on_first(self.folder.begin)
+            for block, pixels in batches:
                 latents = [None] * len(block)
                 if self.latents:
                     latents = sampler.latents.float().cpu().numpy()
@@ -648,8 +690,8 @@ class Share:
         name = self.cfg["attention"]
         attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
         try:
-            with attention:
-                return sampler(self.scheduler, self.steps, seeds, prompts, **options)
+            with attention, _finite_images(sampler, self.scheduler) as checked:
+                return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
         except FloatingPointError as error:
             raise RunError(
                 f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
@@ -657,7 +699,7 @@ class Share:
         except torch.cuda.OutOfMemoryError:
             raise self._out_of_memory() from None
         except RuntimeError as error:
-            if "No available kernel" in str(error):
+            if re.search("No (available kernel|viable backend)", str(error)):
                 raise RunError(f"attention={name}: not for this model, type and device") from None
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -700,16 +742,51 @@ class Share:
         }
 
 
+@contextlib.contextmanager
+def _finite_images(
+    sampler: Sampler, scheduler: SchedulerMixin
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function that returns images of `sampler` if all their pixels are finite.
+
+    FloatingPointError when they aren't, or when a decoder inside returned what isn't: pipelines cut
+    infinite values to white. Not where the scheduler `may_diverge` and its latents have.
+    """
+    decoded: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple, output: Tensor) -> None:
+        decoded.append(output.isfinite().all())
+
+    def checked(images: Tensor) -> Tensor:
+        latents = sampler.latents
+        if torch.stack([images.isfinite().all(), *decoded]).all():
+            return images
+        if latents is not None and latents.isfinite().all():
+            raise FloatingPointError("the decoder returned NaN or inf")
+        if not getattr(scheduler, "may_diverge", False):
+            raise FloatingPointError("the solver returned NaN or inf")
+        return images
+
+    decoder = sampler.parts.get("decoder")
+    hook = None if decoder is None else decoder.register_forward_hook(look)
+    try:
+        yield checked
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 def _finish(
     folder: RunFolder, count: int, prompts: prompt_sets.PromptSet | None, timing: Mapping[str, Any]
 ) -> None:
-    folder.write_manifest(count)
-    if prompts is not None:
-        prompts.save(folder.path / prompt_sets.FILE)
     if timing:
         write_json(folder.path / "timing.json", sealed(timing, folder.hash, "timing"))
+    if prompts is not None:
+        write_atomic(folder.path / prompt_sets.FILE, prompts.to_jsonl())
     if timing or not (folder.path / "grid.png").exists():
         write_atomic(folder.path / "grid.png", draw_grid(folder, min(count, 64)))
+    # Last, since it says that all is there.
+    if timing or not folder.read_manifest().get("complete"):
+        folder.write_manifest(count)
 
 
 def draw_grid(folder: RunFolder, count: int) -> bytes:

@@ -20,7 +20,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from PIL import Image, PngImagePlugin
 
 from lml.data.images import LATENTS, latents_path, open_image
 from lml.errors import UserError
-from lml.files import file_hash, load_json, load_yaml
+from lml.files import file_hash, load_json, load_yaml, replacing
 
-IMAGE = re.compile(r"\d{6,}\.png")
+DIGITS = 6  # of an image's name, at least
+WAIT = 60.0  # seconds that a process waits for another to have added its scores
 SEAL = "lml-seal"
 # What a run's folder holds beside its configuration, its images and their latents.
 WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
@@ -65,30 +66,66 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(settings).encode()).hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str, key: str = "run_dir") -> None:
-    """Write the whole file or leave what was there.
+def write_atomic(path: Path, data: bytes | str, key: str = "run_dir", durable: bool = True) -> None:
+    """Write the whole file or leave what was there, as `lml.files.replacing` does.
 
     RunError when the disk is full or read-only; `key` is what the user gave the folder as.
     """
     data = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with replacing(path, durable) as file:
+            file.write(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise disk_error(path.parent, error, key) from None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, key: str = "run_dir") -> None:
     """`value` as indented JSON, written like `write_atomic`."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+    write_atomic(path, json.dumps(value, indent=2) + "\n", key)
 
 
-def merge_json(path: Path, entries: Mapping[str, Any]) -> None:
-    """Add `entries` to the JSON object in `path`; those of the same name are replaced."""
-    write_json(path, {**read_json(path), **entries})
+def read_metrics(path: Path, label: str) -> dict[str, Any]:
+    """What a file of metrics says, {} without one.
+
+    UserError, beginning with `label`, for anything else: it could only be replaced.
+    """
+    try:
+        value = load_json(path)
+        entries = value.values() if isinstance(value, dict) else [None]
+        if not all(isinstance(entry, dict) and "value" in entry for entry in entries):
+            raise ValueError("no values by the names of metrics")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"{label}: not a file of metrics ({reason}); mend it, or move it away"
+        ) from None
+    return value
+
+
+def merge_metrics(path: Path, entries: Mapping[str, Any], label: str) -> None:
+    """Add `entries` to the file of metrics in `path`; those of the same name are replaced.
+
+    UserError as `read_metrics`. Of processes that do it at a time each waits for the others, if all
+    hold the lock of the file: of a run's metrics.json that is its folder's.
+    """
+    write_json(path, {**read_metrics(path, label), **entries}, label.partition("=")[0])
+
+
+@contextlib.contextmanager
+def hold(lock: FileLock, label: str) -> Iterator[None]:
+    """Hold `lock`. UserError, beginning with `label`, when another process does for `WAIT` s."""
+    try:
+        lock.acquire(timeout=WAIT)
+    except Timeout:
+        raise UserError(f"{label}: another process is writing to it") from None
+    except OSError as error:
+        raise disk_error(Path(lock.lock_file).parent, error, label.partition("=")[0]) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
@@ -97,9 +134,13 @@ def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
     return {**values, "seal": settings_hash({"values": values, "owner": owner})}
 
 
-def is_edited(values: Mapping[str, Any], *owner: str) -> bool:
-    """Whether `values` are others than when they were `sealed`. Without a seal nobody can say."""
-    return "seal" in values and values["seal"] != sealed(values, *owner)["seal"]
+def why_not_sealed(values: Mapping[str, Any], *owner: str) -> str | None:
+    """Why `values` are not to be believed; None when they are those that were `sealed`."""
+    if not values.get("seal"):
+        return "has no seal"
+    if values["seal"] != sealed(values, *owner)["seal"]:
+        return "was edited after it was written"
+    return None
 
 
 def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
@@ -139,6 +180,27 @@ def check_output(path: str | Path, key: str) -> None:
     raise UserError(f"{key}={path}: among the files of the run in {folder}; choose another place")
 
 
+def image_name(index: int, num_images: int | None) -> str:
+    """The name of an image of a run of so many: all as long, so that they sort by number."""
+    width = DIGITS if num_images is None else max(DIGITS, len(str(num_images - 1)))
+    return f"{index:0{width}d}.png"
+
+
+def image_index(name: str, num_images: int | None) -> int | None:
+    """The index of the image of that name; None where a run of so many has no such image."""
+    if not re.fullmatch(rf"[0-9]{{{DIGITS},18}}\.png", name):
+        return None
+    index = int(name.removesuffix(".png"))
+    is_there = num_images is None or index < num_images
+    return index if is_there and image_name(index, num_images) == name else None
+
+
+def _names(folder: Path) -> list[str]:
+    # pathlib's objects take ten times as long, and a run may have a million images
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
 class RunFolder:
     """One run's folder. `settings` determine the images; `hash` is theirs, and seals each image.
 
@@ -151,68 +213,126 @@ class RunFolder:
         self.settings = settings
         self.hash = settings_hash(settings)
         self._lock = FileLock(self.path / ".lock")
+        self._replaced: Mapping[str, Any] | None = None  # the settings of a run to be replaced
+        self._config: str | None = None  # config.yaml, as long as it has to be written
 
     def open(self, config: Mapping[str, Any], overwrite: bool = False, wait: bool = False) -> None:
         """Make the folder, or go on with the run in it, and lock it until `close`.
 
         `config` is written as config.yaml unless it is there. With `wait`, another process that
-        writes to the folder is let finish. With `overwrite`, what a run wrote there is removed,
-        also if it was this one. Raises UserError for a folder that holds another run, for one that
-        is no run's, for one among a run's images, for one in use and for one that cannot be written
-        to.
+        writes to the folder is let finish. With `overwrite`, what a run wrote there is replaced,
+        also if it was this one, but not before `begin`. Raises UserError for a folder that holds
+        another run, for one that is no run's, for one among a run's images, for one whose
+        config.yaml was edited, for one in use and for one that cannot be written to.
         """
         check_output(self.path, "run_dir")
         self._check(overwrite)
-        text = OmegaConf.to_yaml({**config, "settings": dict(self.settings)})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=-1 if wait else 0)
-            if not self._check(overwrite) or overwrite:
-                self._clear()
-                write_atomic(self.path / "config.yaml", text)
+            held = self._check(overwrite)
+            self._replaced = held if overwrite else None
+            if overwrite or held != self.settings:
+                self._config = OmegaConf.to_yaml({**config, "settings": dict(self.settings)})
+            if self._replaced is None:
+                self.begin()
             self.images.mkdir(exist_ok=True)
-            for partial in [*self.path.glob(".*.tmp"), *self.images.glob(".*.tmp")]:
-                partial.unlink()
-        except Timeout:
-            raise UserError(f"run_dir={self.path}: another process is writing to it") from None
+            for folder in (self.path, self.images):
+                for name in _names(folder):
+                    if name.startswith(".") and name.endswith(".tmp"):
+                        (folder / name).unlink()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, Timeout):
+                line = f"run_dir={self.path}: another process is writing to it"
+                raise UserError(line) from None
+            if isinstance(error, OSError):
+                raise disk_error(self.path, error) from None
+            raise
+
+    def begin(self) -> None:
+        """Remove what an earlier run wrote, where `open` found one that is to be replaced.
+
+        To be called when the first images are made, and only to be written. At whatever moment it
+        is cut, the folder is one of the earlier run, not complete, or one of this.
+        """
+        if self._config is None:
+            return
+        try:
+            with replacing(self.path / "config.yaml") as file:
+                file.write(self._config.encode())
+                file.flush()  # a full disk is noticed before anything is gone
+                self._clear()
         except OSError as error:
             raise disk_error(self.path, error) from None
+        self._config = self._replaced = None
+
+    def _clear(self) -> None:
+        there = _names(self.path)
+        for name in (*WRITTEN, APART):  # the manifest first
+            if name in there:
+                (self.path / name).unlink()
+        for folder, suffix in ((self.path / LATENTS, ".npy"), (self.images, ".png")):
+            for name in _names(folder) if folder.is_dir() else ():
+                stem = name.removesuffix(suffix)
+                if stem != name and self._owns(f"{stem}.png", self.settings.get("num_images")):
+                    (folder / name).unlink()
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether what is in the folder is still that of a run to be replaced."""
+        return self._replaced is not None
 
     def close(self) -> None:
         """Let others write to the folder."""
         self._lock.release(force=True)
 
-    def _check(self, overwrite: bool) -> bool:
-        """Whether the folder holds this run already. UserError when it must not be touched."""
+    def _check(self, overwrite: bool) -> Mapping[str, Any] | None:
+        """The settings of the run in the folder, if any. UserError when it must not be touched."""
         if not self.path.exists():
-            return False
+            return None
         if not self.path.is_dir():
             raise UserError(f"run_dir={self.path}: a file; a folder is asked")
-        names = [file.name for file in self.path.iterdir() if not file.name.startswith(".")]
-        if not names:
-            return False
-        found = differences(self.settings, read_config(self.path)["settings"])
+        if all(name.startswith(".") for name in _names(self.path)):
+            return None
+        settings = read_config(self.path)["settings"]
+        found = differences(self.settings, settings)
         # A run that has no image yet (its network would not load, say) has nothing to lose.
-        if found and not overwrite and any(self.images.glob("*.png")):
+        if found and not overwrite and any(name.endswith(".png") for name in self._images()):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
             raise UserError(
                 f"run_dir={self.path}: holds a run with other settings ({'; '.join(found[:2])}"
                 f"{more}); choose another folder, or overwrite=true to replace that run"
             )
-        return not found
+        if not found and not overwrite and self._is_config_edited(self.read_manifest()):
+            raise UserError(
+                f"run_dir={self.path}: config.yaml was edited after the run; restore it, or "
+                "overwrite=true makes the run anew"
+            )
+        return settings if found else self.settings
 
-    def _clear(self) -> None:
-        for file in self.images.glob("*.png"):
-            if IMAGE.fullmatch(file.name):
-                file.unlink()
-        for name in (*WRITTEN, APART):
-            (self.path / name).unlink(missing_ok=True)
-        for file in (self.path / LATENTS).glob("*.npy"):
-            file.unlink()
+    def _is_config_edited(self, manifest: Mapping[str, Any]) -> bool:
+        recorded = manifest.get("config_sha256")
+        try:
+            return recorded is not None and recorded != file_hash(self.path / "config.yaml")
+        except OSError:
+            return True
+
+    def _images(self) -> list[str]:
+        """The names in images/, sorted, but for hidden ones."""
+        names = _names(self.images) if self.images.is_dir() else []
+        return sorted(name for name in names if not name.startswith("."))
+
+    def _owns(self, name: str, num_images: int | None) -> bool:
+        """Whether an image of this run, of so many, or of the one to be replaced has that name."""
+        if image_index(name, num_images) is not None:
+            return True
+        theirs = self._replaced
+        return theirs is not None and image_index(name, theirs.get("num_images")) is not None
 
     def image_path(self, index: int) -> Path:
         """Where image `index` is stored."""
-        return self.images / f"{index:06d}.png"
+        return self.images / image_name(index, self.settings.get("num_images"))
 
     def seal(self, index: int, pixels: np.ndarray) -> str:
         """sha256 over the run, the index and the uint8 pixels (H, W, C)."""
@@ -232,13 +352,13 @@ class RunFolder:
             buffer = io.BytesIO()
             np.save(buffer, latents)
             self.latents_path(index).parent.mkdir(exist_ok=True)
-            write_atomic(self.latents_path(index), buffer.getvalue())
+            write_atomic(self.latents_path(index), buffer.getvalue(), durable=False)
         text = PngImagePlugin.PngInfo()
         text.add_text(SEAL, self.seal(index, pixels))
         buffer = io.BytesIO()
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         image.save(buffer, "PNG", pnginfo=text)
-        write_atomic(self.image_path(index), buffer.getvalue())
+        write_atomic(self.image_path(index), buffer.getvalue(), durable=False)
 
     def holds(self, index: int) -> bool | None:
         """Whether image `index` is there and whole; None when there is no such file."""
@@ -256,38 +376,91 @@ class RunFolder:
     def survey(self, num_images: int) -> tuple[set[int], list[str]]:
         """Which images are stored, and the names of files that are broken or of another run.
 
-        A file whose sha256 is in the manifest needs no decoding. Raises UserError for images in the
-        folder that could not be this run's, since metrics would count them.
+        A file whose sha256 is in the manifest needs no decoding. Of a run that is to be replaced
+        none is. Raises UserError for images in the folder that could not be this run's, nor its,
+        since metrics would count them.
         """
-        known = self.read_manifest().get("images", {})
-        expected = {self.image_path(index).name for index in range(num_images)}
-        for name in sorted(f.name for f in self.images.iterdir() if not f.name.startswith(".")):
-            if name not in expected:
+        names = self._images()
+        for name in names:
+            if not self._owns(name, num_images):
                 raise UserError(f"{self.images / name}: not one of this run's images; move it away")
+        if self.is_replacing:
+            return set(), []
+        found = {image_index(name, num_images): name for name in names}
+        known = self.read_manifest().get("images")
+        known = known if isinstance(known, dict) else {}
 
         def check(index: int) -> bool | None:
-            path = self.image_path(index)
-            if path.name in known and path.is_file() and file_hash(path) == known[path.name]:
+            path, name = self.images / found[index], found[index]
+            if name in known and path.is_file() and file_hash(path) == known[name]:
                 return True
             return self.holds(index)
 
         with ThreadPoolExecutor() as pool:
-            states = list(pool.map(check, range(num_images)))
-        stored = {index for index, state in enumerate(states) if state}
-        broken = [self.image_path(i).name for i, state in enumerate(states) if state is False]
-        return stored, broken
+            states = dict(zip(found, pool.map(check, found), strict=True))
+        stored = {index for index, state in states.items() if state}
+        return stored, [found[index] for index, state in states.items() if state is False]
+
+    def changes(self, quick: bool = False) -> Iterator[str]:
+        """What of a complete run is not as its manifest says, a few words each.
+
+        That is the names and the number of its images, their sha256, and that of config.yaml. If
+        `quick`, a file that is older than the manifest counts as what it was.
+        """
+        manifest = self.read_manifest()
+        known, count = manifest.get("images"), self.settings.get("num_images")
+        if not manifest.get("complete"):
+            yield "not complete"
+            return
+        if self._is_config_edited(manifest):
+            yield "config.yaml was edited after the run"
+        if not isinstance(known, dict) or not len(known) == manifest.get("num_images") == count:
+            yield f"manifest.json does not have {count} images"
+            return
+        try:
+            written = (self.path / "manifest.json").stat().st_mtime_ns
+            with os.scandir(self.images) as entries:
+                there = {e.name: e.stat() for e in entries if not e.name.startswith(".")}
+        except OSError:
+            yield "its images are not there"
+            return
+        for name in sorted(known.keys() | there.keys()):
+            if name not in there:
+                yield f"images/{name} is missing"
+            elif name not in known:
+                yield f"images/{name} is not one of its images (move it away)"
+            elif not (quick and there[name].st_size and there[name].st_mtime_ns < written):
+                try:
+                    if file_hash(self.images / name) == known[name]:
+                        continue
+                except OSError:  # no file
+                    pass
+                yield f"images/{name} was changed after the run"
+
+    def add_metrics(self, entries: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Add `entries` to metrics.json: scores of the images that `manifest` lists, sealed.
+
+        UserError when the run was made anew meanwhile, or metrics.json is no file of metrics.
+        """
+        with hold(self._lock, f"run_dir={self.path}"):
+            if self.read_manifest() != manifest:
+                raise UserError(f"run_dir={self.path}: it has changed while it was scored")
+            merge_metrics(self.path / "metrics.json", entries, f"run_dir={self.path}: metrics.json")
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, or {} when there is none of this run's."""
         manifest = read_json(self.path / "manifest.json")
         return manifest if manifest.get("settings_sha256") == self.hash else {}
 
-    def write_manifest(self, num_images: int) -> int:
-        """Say what is stored, and return how many images are."""
-        paths = [self.image_path(index) for index in range(num_images)]
-        images = {path.name: file_hash(path) for path in paths if path.exists()}
+    def write_manifest(self, num_images: int, finished: bool = True) -> int:
+        """Say what is stored, and return how many images are.
+
+        The run is complete when all are, and `finished` says that nothing else has to be written.
+        """
+        names = [name for name in self._images() if image_index(name, num_images) is not None]
+        images = {name: file_hash(self.images / name) for name in names}
         manifest = {
-            "complete": len(images) == num_images,
+            "complete": finished and len(images) == num_images,
             "count": len(images),
             "num_images": num_images,
             "settings_sha256": self.hash,

@@ -30,7 +30,8 @@ from lml.errors import UserError, nearest, say
 from lml.files import dump_yaml, load_yaml
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
-from lml.store import canonical, disk_error, read_config, read_json, write_atomic
+from lml.store import canonical, disk_error, read_config, read_json, why_not_sealed, write_atomic
+from lml.tracking import Progress
 
 MISSING, DONE, FAILED, REFUSED = "missing", "done", "failed", "refused"
 # Of metrics that say more than one number; without a part, the mean is meant.
@@ -72,7 +73,11 @@ def read_objective(cfg: Mapping[str, Any], folder: Path) -> float | None:
     if not cfg.get("sweep"):
         return None
     name, _, part = (objective := find_objective(cfg)).partition("/")
-    value = read_json(folder / "metrics.json")[name]["value"]
+    entry = read_json(folder / "metrics.json").get(name)
+    owner = str(read_json(folder / "manifest.json").get("settings_sha256"))
+    if reason := why_not_sealed(entry if isinstance(entry, dict) else {}, owner, name):
+        raise UserError(f"run_dir={folder}: metrics.json: {name} {reason}; nothing is chosen by it")
+    value = entry["value"]
     if isinstance(value, Mapping) != bool(part) or (part and part not in value):
         parts = " or ".join(f"{name}/{key}" for key in value) if isinstance(value, dict) else name
         raise UserError(f"sweep.objective={objective}: {parts} is asked")
@@ -161,6 +166,7 @@ class Sweep:
         self.higher_is_better = bool(self.search) and higher_is_better(self.objective)
         self.cells: dict[tuple, Cell] = {}
         self.first = int(os.environ.get("RANK", 0)) == 0
+        self.show = self.first and bool(config.get("progress", True))
         self._ledgers: dict[str, Ledger] = {}
         self._found: dict[str, tuple] = {}
 
@@ -194,7 +200,7 @@ class Sweep:
         end.
         """
         begins = not self.cells
-        cells = [self._cell(list(overrides)) for overrides in job_overrides]
+        cells = self._plan(job_overrides)
         if self.first:
             self._say_refused(cell for cell in cells if cell.key not in self.cells)
         cells = [self.cells.setdefault(cell.key, cell) for cell in cells]
@@ -223,6 +229,17 @@ class Sweep:
     def are_lost(self) -> bool:
         """Whether every cell is refused or failed."""
         return {cell.status for cell in self.cells.values()} <= {REFUSED, FAILED}
+
+    def _plan(self, job_overrides: Sequence[Sequence[str]]) -> list[Cell]:
+        bar = Progress(len(job_overrides), self.show and len(job_overrides) > 1, "cell")
+        cells = []
+        try:
+            for overrides in job_overrides:
+                cells.append(self._cell(list(overrides)))
+                bar.update(1)
+        finally:
+            bar.close()
+        return cells
 
     def _cell(self, overrides: list[str]) -> Cell:
         cell = Cell(overrides, config := self.compose(overrides))
@@ -323,7 +340,7 @@ class Sweep:
                 config = read_config(file.parent)
                 if _kind(config, config["settings"]) == kind:
                     rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
-            except (UserError, KeyError):  # a folder that something else was done to
+            except (UserError, KeyError, TypeError):  # a folder that something else was done to
                 continue
             if len(rates) == 5:
                 break
@@ -420,6 +437,7 @@ class Ledger:
             raise disk_error(folder, error) from None
         command = runner.command_line()
         write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()} (`{command}`)")
+        self._written: list[dict[str, Any]] | None = None
         self.commands, self.cells = self._read()
         self.commands = list(dict.fromkeys([*self.commands, command]))
 
@@ -432,11 +450,16 @@ class Ledger:
         except FileNotFoundError:
             return [], []
         except (OSError, ValueError, TypeError, KeyError):
-            say(f"{self.path}: not a sweep's; written anew")
+            aside = self.path.with_name(f"{self.path.name}.broken")
+            os.replace(self.path, aside)
+            say(f"{self.path}: not a sweep's; kept as {aside.name}, and written anew")
             return [], []
 
     def write(self, cells: Sequence[dict[str, Any]]) -> None:
         """These cells, and those of earlier sweeps that they do not replace."""
+        if cells == self._written:
+            return
+        self._written = list(cells)
         runs = {cell["run"] for cell in cells}
         asked = [cell["overrides"] for cell in cells]
         kept = [

@@ -21,17 +21,20 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """Images made so far, images/s and the time left: a bar in a terminal, else a line at times."""
+    """What is done, how much a second and the time left: a bar in a terminal, else a line at times.
 
-    def __init__(self, total: int, show: bool = True):
-        self.total, self.count = total, 0
+    It counts images, or what `unit` is.
+    """
+
+    def __init__(self, total: int, show: bool = True, unit: str = "image"):
+        self.total, self.count, self.unit = total, 0, f"{unit}s"
         self.start = self.said = time.monotonic()
         self.lines = show and not sys.stderr.isatty()
         hide = self.lines or not show
-        self.bar = tqdm(total=total, unit="image", dynamic_ncols=True, disable=hide)
+        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=hide)
 
     def update(self, count: int) -> None:
-        """`count` more images are made."""
+        """`count` more are done."""
         self.count += count
         self.bar.update(count)
         now = time.monotonic()
@@ -40,7 +43,7 @@ class Progress:
             rate = self.count / (now - self.start)
             left = tqdm.format_interval((self.total - self.count) / rate)
             print(
-                f"{self.count} of {self.total} images, {rate:.1f} images/s, {left} left",
+                f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -64,7 +67,12 @@ class Logger:
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. Whatever fails in it is one warning, and then it is silent."""
+    """Weights & Biases. Whatever fails in it is one warning, and then it is silent.
+
+    Once its server has not answered, this and all later runs of the process are logged offline.
+    """
+
+    is_unreachable = False
 
     def __init__(self, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]):
         self.run = None
@@ -74,17 +82,20 @@ class WandbLogger(Logger):
         self._try(lambda: self.run.log(dict(values)))
 
     def image(self, name: str, path: Path) -> None:
-        import wandb
-
-        self._try(lambda: self.run.log({name: wandb.Image(str(path))}))
+        self._try(self._log_image, name, path)
 
     def finish(self, failed: bool) -> None:
         self._try(lambda: self.run.finish(exit_code=int(failed)))
 
-    @staticmethod
-    def _start(settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> Any:
+    def _log_image(self, name: str, path: Path) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path))})
+
+    def _start(self, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> Any:
         import wandb
         from pydantic import ValidationError
+        from wandb.errors import AuthenticationError, CommError
 
         asked = {key: settings[key] for key in ("project", "entity", "group", "tags")}
         if settings["mode"] != "auto":
@@ -95,7 +106,26 @@ class WandbLogger(Logger):
             ours = {"run_name": name, "silent": True, "init_timeout": 30}
             ours["mode"] = "online" if has_key(theirs.base_url) else "offline"
             ours = {key: ours[key] for key in ours.keys() - theirs.model_fields_set}
-            return wandb.init(**asked, config=dict(config), settings=wandb.Settings(**ours))
+            mode = asked.get("mode") or ours.get("mode") or theirs.mode
+            if self.is_unreachable and mode not in ("offline", "dryrun", "disabled"):
+                asked["mode"] = "offline"
+
+            def start() -> Any:
+                return wandb.init(**asked, config=dict(config), settings=wandb.Settings(**ours))
+
+            try:
+                return start()
+            except AuthenticationError:
+                raise
+            except CommError as error:
+                WandbLogger.is_unreachable = True
+                print(
+                    f"logger=wandb: {_reason(error)}; runs are logged offline from now on, and "
+                    "`wandb sync` sends them",
+                    file=sys.stderr,
+                )
+                asked["mode"] = "offline"
+                return start()
         except ValidationError as error:  # of a variable, or of the config
             wrong = error.errors()[0]
             raise ValueError(f"{wrong['loc'][0]}={wrong['input']}: {wrong['msg']}") from None
@@ -105,10 +135,13 @@ class WandbLogger(Logger):
             return None
         try:
             return action(*args)
-        except Exception as error:  # a logger must never stop a run
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"logger=wandb: {reason}; the run goes on without it", file=sys.stderr)
+        except (Exception, SystemExit) as error:  # a logger must never stop a run
+            print(f"logger=wandb: {_reason(error)}; the run goes on without it", file=sys.stderr)
             self.run = None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def has_key(url: str) -> bool:

@@ -10,7 +10,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from lml.data import cifar10
 from lml.data.statistics import make_reference
 from lml.device import use_device
 from lml.errors import UserError
+from lml.files import replacing
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
 
@@ -151,8 +151,8 @@ def fit(
             "ema": ema.state_dict(),
             "done": done,
         }
-        torch.save(state, partial := state_path.with_suffix(".partial"))
-        os.replace(partial, state_path)
+        with replacing(state_path) as file:
+            torch.save(state, file)
 
     def save(record: dict, last: bool) -> None:
         done["saves"] += 1

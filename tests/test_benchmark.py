@@ -144,3 +144,14 @@ def test_a_difference_would_be_seen():
 def test_bad_input(override, message):
     with pytest.raises(UserError, match=message):
         benchmark.benchmark(config(override))
+
+
+@pytest.mark.parametrize("content", ["# Notes", "[]", '{"name": "x"}', ""])
+def test_what_is_no_file_of_ours_is_not_replaced(tmp_path, content):
+    (tmp_path / "notes.md").write_text(content)
+    with pytest.raises(UserError, match=r"notes\.md: not a file of this script's"):
+        benchmark.benchmark(config("parts=[]", f"out={tmp_path / 'notes.md'}"))
+    assert (tmp_path / "notes.md").read_text() == content
+    for _ in range(2):
+        benchmark.benchmark(config("parts=[]", f"out={tmp_path / 'ratios.json'}"))
+    assert json.loads((tmp_path / "ratios.json").read_text())["rows"] == []

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -355,6 +356,7 @@ def wandb(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking.WandbLogger, "is_unreachable", False)
     module.teardown()  # it reads its variables once
     yield module
     module.teardown()
@@ -425,6 +427,47 @@ def test_a_wandb_that_fails_is_one_warning(script, toy, tmp_path, wandb, monkeyp
     assert outcome.code == 0
     assert outcome.err == "logger=wandb: no network; the run goes on without it\n"
     assert json.loads((tmp_path / "run/manifest.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), ImportError("No module"), OSError("broken")])
+@pytest.mark.parametrize("broken", ["Image", "Settings", "init"])
+def test_nothing_in_wandb_stops_a_run(script, toy, tmp_path, wandb, monkeypatch, broken, error):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(wandb, broken, fail)
+    outcome = script("sample", *toy, "logger=wandb", "run_dir=run")
+    assert outcome.code == 0
+    assert outcome.err == f"logger=wandb: {error}; the run goes on without it\n"
+
+
+def test_a_wandb_that_is_not_installed_is_one_warning(script, toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    outcome = script("sample", *toy, "logger=wandb", "run_dir=run")
+    assert outcome.code == 0 and outcome.err.count("\n") == 1
+    assert re.match(r"logger=wandb: .*wandb.*; the run goes on without it", outcome.err)
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_server_that_does_not_answer_is_told_once(
+    script, toy, tmp_path, wandb, monkeypatch, mode
+):
+    """Every run of a sweep would wait for it."""
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    arguments = [*toy, "logger=wandb", f"logger.mode={mode}", "name=study", "seed=0,100,200"]
+    start = time.monotonic()
+    outcome = script("sample", "-m", *arguments)
+    lines = [line for line in outcome.err.splitlines() if not line.startswith("wandb: ")]
+    assert outcome.code == 0 and len(lines) == 1, outcome.err
+    assert re.match(r"logger=wandb: .*; runs are logged offline from now on", lines[0])
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
+    assert time.monotonic() - start < 20
+    outcome = script("sample", *toy, "logger=wandb", "logger.mode=disabled", "run_dir=run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
 
 
 # All that the installed W&B knows, those with a key would be "online" without the variable.

@@ -248,7 +248,7 @@ def test_runs_that_cannot_be_laid_out(script, run, tmp_path):
     table = tmp_path / "p.txt"
     table.write_text("\n".join("abcdefghijklmnopqrstuvwx"))
     whole = (run / "prompts.jsonl").read_bytes()
-    prompts.text(table).save(run / "prompts.jsonl")
+    (run / "prompts.jsonl").write_text(prompts.text(table).to_jsonl())
     refused(script, *ARGUMENTS, pattern="not made from prompts=t2i_compbench")
     (run / "prompts.jsonl").write_bytes(whole.splitlines(keepends=True)[0])
     refused(script, *ARGUMENTS, pattern="1 prompts, 24 images")

@@ -64,7 +64,7 @@ def stored(path: Path) -> bool | None:
 def size_in_tables(path: Path) -> str:
     """What tables say of the size of a run's images, of which `path` is the first."""
     stored(path)
-    return results._size(path.parent / "run")
+    return results._size(path.parent / "run", 1)
 
 
 # Each reads the image `path`, and says that it can't by what stands beside it.

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lml import configs, report, store
 from lml.data.assets import ROOT
+from lml.errors import UserError
 from lml.files import dump_yaml
 from lml.report import figures, labels, results, tables
 from lml.report.results import Cell, Result
@@ -432,12 +433,25 @@ def test_an_entry_of_another_run_or_metric_is_noticed(make_run, tabulate):
     assert len(list(csv.DictReader((out / "results.csv").open()))) == 1
 
 
-def test_entries_of_older_runs_have_no_seal(make_run, tabulate):
+@pytest.mark.parametrize("seal", ["removed", None, "", 0])
+def test_what_has_no_seal_is_said_and_not_used(make_run, tabulate, seal):
+    """Or else an edited number is one without it."""
+
+    def spoil(values):
+        values.pop("seal")
+        values |= {} if seal == "removed" else {"seal": seal}
+
     run = make_run(value=1.25, timing=timing())
-    edit(run / "metrics.json", lambda entries: entries["fd"].pop("seal"))
-    edit(run / "timing.json", lambda entries: entries.pop("seal"))
-    out, said = tabulate(show=["fd", "timing"])
-    assert said == "" and "1.250" in (out / "fd.md").read_text()
+    make_run("default", value=2.0)
+    edit(run / "metrics.json", lambda entries: spoil(entries["fd"]))
+    edit(run / "timing.json", spoil)
+    out, said = tabulate()
+    assert said.splitlines() == [
+        f"outputs/study/{run.name}/timing.json: has no seal; not used",
+        f"outputs/study/{run.name}/metrics.json: fd has no seal; not used",
+    ]
+    rows = csv.DictReader((out / "results.csv").open())
+    assert {row["value"] for row in rows} == {"2.0"}
 
 
 def test_an_edited_config_or_timing_is_not_used(make_run, tabulate):
@@ -466,7 +480,11 @@ def test_an_edited_config_or_timing_is_not_used(make_run, tabulate):
 def test_a_broken_file_is_named_and_the_others_go_on(make_run, tabulate, content):
     broken = make_run(value=1.0)
     make_run("default", value=2.0)
-    (broken / "metrics.json").write_bytes(content.encode("latin1"))
+    file = broken / "metrics.json"
+    file.write_bytes(content.encode("latin1"))
+    if isinstance(entry := store.read_json(file).get("fd"), dict):
+        sha256 = store.read_json(broken / "manifest.json")["settings_sha256"]
+        store.write_json(file, {"fd": store.sealed(entry, sha256, "fd")})
     (broken / "timing.json").write_text("{")
     out, said = tabulate()
     first, second = said.splitlines()
@@ -487,8 +505,13 @@ def test_results_of_runs_that_are_gone_are_kept(make_run, tabulate):
     gone, stays = make_run(value=1.0), make_run("default", value=0.5)
     tabulate()
     shutil.rmtree(gone)
-    edit(stays / "metrics.json", lambda entries: entries["fd"].update(value=0.4))
-    edit(stays / "metrics.json", lambda entries: entries["fd"].pop("seal"))  # measured again
+    sha256 = store.read_json(stays / "manifest.json")["settings_sha256"]
+    edit(  # measured again
+        stays / "metrics.json",
+        lambda entries: entries.update(
+            fd=store.sealed({**entries["fd"], "value": 0.4}, sha256, "fd")
+        ),
+    )
     new = make_run("other", value=0.25)
     out, said = tabulate()
     assert said == ""
@@ -511,7 +534,6 @@ def test_results_of_runs_that_are_gone_are_kept(make_run, tabulate):
         (",1.0,", ",0.1,7,", "line 2 was edited"),
         ("run,model", "run,models", "1 rows with other columns"),
         (",seal", "", "1 rows with other columns"),
-        ("run,model", "\0", "results.csv: "),
     ],
 )
 def test_an_edited_results_file_is_said_and_not_used(make_run, tabulate, old, new, line):
@@ -525,6 +547,38 @@ def test_an_edited_results_file_is_said_and_not_used(make_run, tabulate, old, ne
     _, said = tabulate()
     assert "experiments/study/results.csv: " in said and line in said
     assert {row["run"] for row in csv.DictReader(file.open())} == {stays.name}
+
+
+@pytest.mark.parametrize("content", ["", "# Notes", "a,b\n1,2\n", "run,metric\n", "\0", "\xff"])
+def test_what_is_no_file_of_results_is_not_replaced(make_run, tabulate, tmp_path, content):
+    make_run(value=1.0)
+    file = tmp_path / "experiments/study/results.csv"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content.encode("latin1"))
+    with pytest.raises(
+        UserError, match=r"^out=experiments/study: results\.csv in it is no file of"
+    ):
+        tabulate()
+    assert [path.read_bytes() for path in file.parent.iterdir()] == [content.encode("latin1")]
+
+
+@pytest.mark.parametrize("name", ["fd.md", "fd.tex", "fd.csv", "samples_nfe5.png"])
+def test_files_of_others_are_not_replaced(make_run, tabulate, tmp_path, name):
+    """Wherever somebody points it to."""
+    make_run(value=1.0)
+    make_run("default", value=2.0)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/notes.md").write_text("mine")
+    (tmp_path / "docs" / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"^out=docs: {name} in it is not of a study"):
+        tabulate(out="docs")
+    assert {path.name: path.read_text() for path in (tmp_path / "docs").iterdir()} == {
+        name: "mine",
+        "notes.md": "mine",
+    }
+    (tmp_path / "docs" / name).unlink()
+    tabulate(out="docs")
+    assert tabulate(out="docs")[1] == "" and (tmp_path / "docs/notes.md").read_text() == "mine"
 
 
 def test_the_committed_files_of_an_older_version_are_no_trouble(make_run, tabulate, tmp_path):

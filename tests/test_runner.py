@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -491,6 +492,58 @@ def test_evaluate_scores_a_run_and_a_plain_folder(script, toy, finished, tmp_pat
     assert scores["convergence"]["value"] == in_run
 
 
+def repaint(run: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(run / "images/000004.png")
+
+
+def edit_seed(run: Path) -> None:
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("\nseed: 0\n", "\nseed: 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "line"),
+    [
+        (lambda run: (run / "images/000004.png").unlink(), "images/000004.png is missing; "),
+        (repaint, "images/000004.png was changed after the run; "),
+        (
+            lambda run: shutil.copy(run / "grid.png", run / "images/000010.png"),
+            "images/000010.png is not one of its images (move it away); ",
+        ),
+        (edit_seed, "config.yaml was edited after the run (manifest.json has another config_sha"),
+    ],
+)
+def test_scores_are_sealed_only_of_the_runs_own_images(script, toy, finished, tmp_path, harm, line):
+    shutil.copytree(finished / "images", tmp_path / "others")
+    asked = ["metrics=convergence", "metrics.convergence.reference=others", "threads=1"]
+    assert script("evaluate", "run_dir=finished", *asked).code == 0
+    before = (finished / "metrics.json").read_bytes()
+    harm(finished)
+    for out in ([], ["out=scores.json"]):
+        outcome = script("evaluate", "run_dir=finished", *asked, *out)
+        assert outcome.code == 2 and outcome.err.startswith(f"run_dir=finished: {line}"), outcome
+        assert outcome.err.count("\n") == 1 and outcome.out == ""
+    assert (finished / "metrics.json").read_bytes() == before
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("tool", ["sample", "evaluate", "evaluate apart"])
+def test_what_is_no_file_of_metrics_is_told_before_anything_is_made(
+    script, toy, finished, tmp_path, tool, monkeypatch
+):
+    calls = evaluations(monkeypatch)
+    file, asked = finished / "metrics.json", ["metrics=convergence", "metrics.convergence.nfe=6"]
+    if tool == "evaluate apart":
+        file, asked = tmp_path / "notes.md", [*asked, "out=notes.md"]
+    file.write_text('{"fd_cifar": {"value": 1},}')
+    run = [*toy] if tool == "sample" else ["threads=1"]
+    outcome = script(tool.split()[0], *run, "run_dir=finished", *asked)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and not calls, outcome
+    assert f"{file.name}: not a file of metrics (" in outcome.err
+    assert file.read_text() == '{"fd_cifar": {"value": 1},}'
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize("images", ["finished/images", "finished/images/", "link"])
 def test_a_run_goes_on_after_its_images_were_scored(script, toy, finished, tmp_path, images):
     """What is scored as a plain folder stays what it is: images alone."""
@@ -589,6 +642,81 @@ def test_overwriting_makes_a_finished_run_again(script, toy, finished, monkeypat
         assert (outcome.code, outcome.err, sum(calls)) == (0, "", 10 * 4)
         assert "images/s" in outcome.out and contents(finished / "images") == before
         calls.clear()
+
+
+def broken_weights(tiny_model: Path, folder: Path) -> list[str]:
+    shutil.copytree(tiny_model, folder / "cut")
+    file = folder / "cut/unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    return [f"model.path={folder / 'cut'}"]
+
+
+def nan_weights(tiny_model: Path, folder: Path) -> list[str]:
+    return [f"model.path={poisoned(tiny_model, folder / 'nan')}"]
+
+
+def foreign_file(tiny_model: Path, folder: Path) -> list[str]:
+    (folder / "finished/images/mine.png").write_text("mine")
+    return []
+
+
+def no_attention(tiny_model: Path, folder: Path) -> list[str]:
+    return ["attention=cudnn"]
+
+
+@pytest.mark.parametrize("harm", [broken_weights, nan_weights, foreign_file, no_attention])
+@pytest.mark.parametrize("same", [True, False])
+def test_what_cannot_be_made_replaces_nothing(script, toy, finished, tiny_model, harm, same):
+    arguments = harm(tiny_model, finished.parent)
+    arguments += [] if same else ["seed=3"]
+    (finished / "latents").mkdir()
+    (finished / "latents/mine.npy").write_text("mine")
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    outcome = script("sample", *toy, "run_dir=finished", "overwrite=true", *arguments)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+    (finished / "images/mine.png").unlink(missing_ok=True)
+    outcome = script("sample", *toy, "run_dir=finished", "overwrite=true", "seed=3")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert (finished / "latents/mine.npy").read_text() == "mine"
+
+
+def test_an_interruption_before_the_first_batch_replaces_nothing(
+    script, toy, finished, monkeypatch
+):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    monkeypatch.setattr(pixel, "sample", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    outcome = script("sample", *toy, "run_dir=finished", "overwrite=true", "seed=3")
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_two_processes_overwrite_together(spawn, toy, finished, tmp_path):
+    """Also when the second has nothing to make."""
+    arguments = [*toy, "num_images=4", "run_dir=finished", "overwrite=true"]
+    two = spawn("sample", *arguments, processes=2)
+    _, err = two.communicate(timeout=180)
+    assert two.returncode == 0, err
+    assert sorted(contents(finished / "images")) == [f"{i:06d}.png" for i in range(4)]
+    assert json.loads((finished / "manifest.json").read_text())["complete"]
+
+
+def test_an_edited_config_is_neither_recorded_nor_gone_on_with(script, toy, finished):
+    config = finished / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole.replace("\nnfe: 4\n", "\nnfe: 5\n"))
+    assert config.read_text() != whole
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    outcome = script("sample", *toy, "run_dir=finished")
+    assert outcome.code == 2 and outcome.err == (
+        "run_dir=finished: config.yaml was edited after the run; restore it, or overwrite=true "
+        "makes the run anew\n"
+    )
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+    (finished / "images/000002.png").unlink()  # nor when there is something to make
+    assert script("sample", *toy, "run_dir=finished").code == 2
+    assert script("sample", *toy, "run_dir=finished", "overwrite=true").code == 0
+    assert "\nnfe: 4\n" in config.read_text()
 
 
 def test_a_score_of_other_options_is_not_the_one_that_is_asked_for(script, toy, tmp_path):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import io
 import os
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lml import store
+from lml import files, store
 from lml.errors import UserError
 from lml.store import RunError, RunFolder, Writer
 
@@ -143,7 +145,11 @@ def test_overwriting_removes_what_a_run_of_the_same_settings_wrote(tmp_path):
     for name in (*store.WRITTEN, store.APART, "notes.txt"):
         (tmp_path / name).write_text("{}")
     again = RunFolder(tmp_path, SETTINGS)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again.open({"nfe": 10, "device": "another"}, overwrite=True)
+    assert again.survey(4) == (set(), []) and again.is_replacing
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    again.begin()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".lock", "config.yaml", "notes.txt"]
     assert store.read_config(tmp_path)["device"] == "another"
@@ -175,6 +181,10 @@ def test_other_settings_are_refused_by_name_and_overwritten_on_demand(tmp_path):
     assert "overwrite=true" in str(error.value) and "\n" not in str(error.value)
     assert folder.holds(0) and (tmp_path / "manifest.json").exists()
     other.open({"nfe": 20}, overwrite=True)
+    with pytest.raises(UserError, match=r"mine.png: not one of this run's images; move it away"):
+        other.survey(4)
+    assert folder.holds(0) and (tmp_path / "manifest.json").exists()
+    other.begin()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".lock", "config.yaml", "images/mine.png", "notes.txt"]
     assert store.read_config(tmp_path)["settings"]["nfe"] == 20
@@ -191,41 +201,6 @@ def test_a_folder_that_is_no_runs_is_never_touched(tmp_path, config, overwrite):
     with pytest.raises(UserError, match="not a run's folder"):
         RunFolder(tmp_path, SETTINGS).open({}, overwrite)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_kill_at_any_point_of_opening_leaves_a_folder_that_opens(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    before = {"new": None, "other": {**SETTINGS, "nfe": 11}, "same": SETTINGS}
-    for path, others in ((tmp_path / name, settings) for name, settings in before.items()):
-        for stop in range(8):
-            if others:
-                make(path, 2, others).close()
-            calls = iter(range(100))
-
-            def dying(function, calls=calls, stop=stop):
-                def call(*args, **kwargs):
-                    if next(calls) == stop:
-                        raise Killed
-                    return function(*args, **kwargs)
-
-                return call
-
-            folder = RunFolder(path, SETTINGS)
-            with monkeypatch.context() as patch:
-                for name in ("mkdir", "unlink", "write_bytes"):
-                    patch.setattr(Path, name, dying(getattr(Path, name)))
-                patch.setattr(os, "replace", dying(os.replace))
-                with contextlib.suppress(Killed):
-                    folder.open({}, overwrite=bool(others))
-            folder.close()
-            again = RunFolder(path, SETTINGS)
-            again.open({}, overwrite=bool(others))
-            assert again.survey(2) == (set(), [])
-            assert not list(path.rglob(".*.tmp"))
-            again.close()
-            shutil.rmtree(path)
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path):
@@ -253,19 +228,21 @@ def test_a_file_in_place_of_the_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def fail_after_half(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data[: len(data) // 2])
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+class HalfWritten(io.FileIO):
+    """A file for which the disk has no room: its first half is there."""
+
+    def write(self, data: bytes) -> int:
+        super().write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
     folder = make(tmp_path, 2)
-    store.write_json(tmp_path / "metrics.json", {"a": 1})
+    store.write_json(tmp_path / "metrics.json", {"a": {"value": 1}})
     before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(Path, "write_bytes", fail_after_half)
+    monkeypatch.setattr(files, "open", HalfWritten, raising=False)
     with pytest.raises(RunError, match="No space left on device") as error:
-        store.merge_json(tmp_path / "metrics.json", {"b": 2})
+        store.merge_metrics(tmp_path / "metrics.json", {"b": {"value": 2}}, f"run_dir={tmp_path}")
     assert str(error.value).startswith(f"run_dir={tmp_path}") and "\n" not in str(error.value)
     with pytest.raises(RunError, match="No space left"), Writer(folder) as writer:
         writer.submit((i, pixels(i)) for i in (1, 2))
@@ -290,14 +267,75 @@ def test_a_disk_that_really_is_full(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_metrics_are_merged_and_a_broken_file_is_replaced(tmp_path):
+def test_metrics_are_merged(tmp_path):
     path = tmp_path / "metrics.json"
-    store.merge_json(path, {"a": 1, "b": 1})
-    store.merge_json(path, {"b": 2})
-    assert store.read_json(path) == {"a": 1, "b": 2}
-    path.write_text("{")
-    store.merge_json(path, {"c": 3})
-    assert store.read_json(path) == {"c": 3}
+    one, two = {"value": 1}, {"value": {"mean": 2.0}}
+    store.merge_metrics(path, {"a": one, "b": one}, "out=x")
+    store.merge_metrics(path, {"b": two}, "out=x")
+    assert store.read_json(path) == {"a": one, "b": two}
+    path.write_text("{}")
+    store.merge_metrics(path, {"c": two}, "out=x")
+    assert store.read_json(path) == {"c": two}
+
+
+NO_METRICS = [
+    "",
+    "# Notes",
+    "[]",
+    "3",
+    '{"a": {"value": 1},}',
+    '{"a": 3}',
+    '{"name": "x"}',
+    '{"a": {}}',
+]
+
+
+@pytest.mark.parametrize("content", [*NO_METRICS, "[" * 100_000, "\xff\xfe"])
+def test_what_is_no_file_of_metrics_is_not_replaced(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match=r"^out=x: not a file of metrics \(.*\); mend it") as error:
+        store.merge_metrics(path, {"a": {"value": 1}}, "out=x")
+    assert "\n" not in str(error.value) and path.read_bytes() == content.encode("latin1")
+
+
+def test_processes_that_add_scores_at_a_time_lose_none(tmp_path, monkeypatch):
+    folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    folder.close()
+    manifest, read = folder.read_manifest(), store.read_metrics
+
+    def slow(*args: object) -> dict:
+        found = read(*args)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(store, "read_metrics", slow)
+
+    def add(number: int) -> None:
+        other = RunFolder(tmp_path, folder.settings)
+        other.add_metrics({f"metric{number}": {"value": number}}, manifest)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(16)))
+    assert {entry["value"] for entry in read(tmp_path / "metrics.json", "x").values()} == {
+        *range(16)
+    }
+
+
+def test_scores_of_a_run_that_was_made_anew_meanwhile_are_not_added(tmp_path, monkeypatch):
+    folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    manifest = folder.read_manifest()
+    monkeypatch.setattr(store, "WAIT", 0)
+    with pytest.raises(UserError, match="another process is writing to it"):
+        RunFolder(tmp_path, folder.settings).add_metrics({}, manifest)
+    folder.write_image(1, pixels(7))
+    folder.write_manifest(4)
+    folder.close()
+    with pytest.raises(UserError, match=r"^run_dir=.*: it has changed while it was scored$"):
+        folder.add_metrics({"a": {"value": 1}}, manifest)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_the_writer_reports_the_batch_before_when_the_next_one_comes(tmp_path):
@@ -308,3 +346,111 @@ def test_the_writer_reports_the_batch_before_when_the_next_one_comes(tmp_path):
         assert {path.name for path in folder.images.iterdir()} >= {"000000.png", "000002.png"}
         with pytest.raises(TypeError):
             writer.submit([])
+
+
+# --- images of a run to be replaced, and a million of them -------------------------------------
+
+
+def test_the_images_of_the_replaced_run_are_known_by_their_number(tmp_path):
+    """There may be more of them than of the new; and what is beyond them is somebody else's."""
+    older = {**SETTINGS, "num_images": 6, "seed": 1}
+    folder = make(tmp_path, 0, older)
+    for index in range(6):
+        folder.write_image(index, pixels(index), np.zeros(2, np.float32))
+    folder.close()
+    for name in ("000017.npy", "mine.npy", "000003.txt"):
+        (tmp_path / "latents" / name).write_text("mine")
+    again = RunFolder(tmp_path, {**SETTINGS, "num_images": 2})
+    again.open({}, overwrite=True)
+    assert again.survey(2) == (set(), [])
+    (folder.images / "000006.png").write_text("mine")
+    with pytest.raises(UserError, match=r"000006\.png: not one of this run's"):
+        again.survey(2)
+    again.begin()
+    assert [path.name for path in folder.images.iterdir()] == ["000006.png"]
+    left = {path.name for path in (tmp_path / "latents").iterdir()}
+    assert left == {"000017.npy", "mine.npy", "000003.txt"}
+
+
+@pytest.mark.parametrize("count", [1, 64, 1_000_000, 1_000_001, 20_000_000])
+def test_names_sort_by_number_however_many_there_are(count):
+    picked = sorted({0, 7, 63, 999_999, 1_000_000, count - 1} & set(range(count)))
+    names = [store.image_name(index, count) for index in picked]
+    assert names == sorted(names) and [store.image_index(n, count) for n in names] == picked
+    assert len({len(name) for name in names}) == 1 and names[0].startswith("000000")
+    for name in ("0.png", f"0{names[-1]}", names[0].replace(".png", ".npy"), "00000x.png"):
+        assert store.image_index(name, count) is None
+    assert store.image_index(store.image_name(count, count + 1), count) is None
+
+
+def test_a_run_of_more_than_a_million_images(tmp_path):
+    settings = {**SETTINGS, "num_images": 1_000_001}
+    folder = RunFolder(tmp_path, settings)
+    folder.open({})
+    for index in (1_000_000, 2, 999_999):
+        folder.write_image(index, pixels(index))
+    assert folder.survey(1_000_001) == ({2, 999_999, 1_000_000}, [])
+    assert folder.write_manifest(1_000_001) == 3
+    assert list(folder.read_manifest()["images"]) == ["0000002.png", "0999999.png", "1000000.png"]
+
+
+# --- what a complete run is held against -------------------------------------------------------
+
+
+def remove(folder: RunFolder, path: Path) -> None:
+    path.unlink()
+
+
+def add(folder: RunFolder, path: Path) -> None:
+    shutil.copy(path, folder.images / "cat.png")
+
+
+def edit_config(folder: RunFolder, path: Path) -> None:
+    file = folder.path / "config.yaml"
+    file.write_text(file.read_text().replace("nfe: 10", "nfe: 9", 1))
+
+
+def edit_manifest(folder: RunFolder, path: Path) -> None:
+    """An image gone, and the manifest made to fit."""
+    path.unlink()
+    manifest = folder.read_manifest()
+    del manifest["images"][path.name]
+    store.write_json(folder.path / "manifest.json", {**manifest, "num_images": 3, "count": 3})
+
+
+CHANGES = {
+    remove: "images/000002.png is missing",
+    add: "images/cat.png is not one of its images (move it away)",
+    edit_config: "config.yaml was edited after the run",
+    edit_manifest: "manifest.json does not have 4 images",
+    **dict.fromkeys(
+        [truncate, empty, swap, repaint], "images/000002.png was changed after the run"
+    ),
+}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("harm", CHANGES)
+def test_a_changed_run_is_noticed(tmp_path, harm, quick):
+    folder = make(tmp_path / "run", 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    assert list(folder.changes(quick)) == []
+    harm(folder, folder.image_path(2))
+    assert list(folder.changes(quick)) == [CHANGES[harm]]
+
+
+def test_images_that_were_not_touched_are_not_read(tmp_path, monkeypatch):
+    folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
+    folder.write_manifest(4)
+    for index in range(4):
+        os.utime(folder.image_path(index), (0, 0))
+    read = []
+    sha256 = store.file_hash
+    monkeypatch.setattr(store, "file_hash", lambda path: read.append(path.name) or sha256(path))
+    assert list(folder.changes(quick=True)) == [] and read == ["config.yaml"]
+    os.utime(folder.image_path(3))
+    assert list(folder.changes(quick=True)) == [] and read[2:] == ["000003.png"]
+    assert list(folder.changes()) == [] and len(read) == 3 + 5
+    folder.image_path(1).write_bytes(b"")  # as a power cut leaves it
+    os.utime(folder.image_path(1), (0, 0))
+    assert len(list(folder.changes(quick=True))) == 1

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
-from lml import runner, sweep
+from lml import cli, runner, sweep
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.metrics.convergence import Convergence
@@ -141,6 +142,65 @@ def test_finished_cells_are_skipped_and_a_missing_metric_is_all_that_is_made(
     assert script("sample", *TOY, *axes).code == 0 and len(made) == 7
 
 
+def edit_value(run: Path) -> None:
+    file = run / "metrics.json"
+    scores = json.loads(file.read_text())
+    scores["convergence"]["value"]["rmse"] = 0.001
+    file.write_text(json.dumps(scores))
+
+
+def remove_seal(run: Path) -> None:
+    edit_value(run)
+    file = run / "metrics.json"
+    scores = json.loads(file.read_text())
+    del scores["convergence"]["seal"]
+    file.write_text(json.dumps(scores))
+
+
+def remove_images(run: Path) -> None:
+    for index in range(5):
+        (run / f"images/{index:06d}.png").unlink()
+
+
+def repaint(run: Path) -> None:
+    (run / "images/000001.png").write_bytes((run / "images/000002.png").read_bytes())
+
+
+@pytest.mark.parametrize("harm", [edit_value, remove_seal, remove_images, repaint])
+def test_a_cell_that_was_changed_is_not_finished_and_is_made_again(script, tmp_path, made, harm):
+    arguments = [*TOY, *SCORED, "lml.damping=4,8", "sweep=damping_rank", "sweep.num_images=2"]
+    arguments += ["sweep.objective=convergence/rmse", "lml.rank=1", "seed=0", "nfe=3"]
+    outcome = script("sample", *arguments)
+    assert outcome.code == 0, outcome.err
+    best = outcome.out.splitlines()[-1]
+    tried = values(tmp_path, "rmse", num_images=6)
+    worst = max(tried, key=tried.get)
+    (run,) = {
+        cell["run"]
+        for cell in kept(tmp_path)["cells"]
+        if (cell["lml"]["rank"], cell["lml"]["damping"], cell["num_images"]) == (*worst, 6)
+    }
+    folder = tmp_path / "outputs/study" / run
+    before = values(tmp_path, "rmse")
+    harm(folder)
+    made.clear()
+    outcome = script("sample", *arguments)
+    assert outcome.code == 0 and "2 cells, 1 finished" in outcome.out and len(made) == 1
+    assert outcome.out.splitlines()[-1] == best and values(tmp_path, "rmse") == before
+    assert script("sample", *arguments).out.splitlines()[0].endswith("2 images each")
+
+
+@pytest.mark.parametrize("harm", [edit_value, remove_seal])
+def test_nothing_is_chosen_by_a_score_without_its_seal(script, tmp_path, harm):
+    assert script("sample", *TOY, *SCORED, "nfe=3").code == 0
+    (run,) = (path.parent for path in tmp_path.glob("outputs/study/*/metrics.json"))
+    cfg = {"sweep": {"objective": "convergence/rmse"}, "metrics": {"convergence": {}}}
+    assert sweep.read_objective(cfg, run) > 0.001
+    harm(run)
+    with pytest.raises(UserError, match=r"metrics\.json: convergence (has no|was edited)"):
+        sweep.read_objective(cfg, run)
+
+
 def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, monkeypatch):
     measured = []
     measure = runner.Share.measure
@@ -160,6 +220,72 @@ def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, 
     assert len(measured) == 1
     assert script("sample", *TOY, "nfe=3", "dtype=float64").code == 0
     assert len(measured) == 2  # another type takes another time
+
+
+def test_cells_are_planned_with_a_bar_and_composed_once_a_choice_of_groups(
+    script, tmp_path, monkeypatch
+):
+    """Hydra takes a fifth of a second each time."""
+    composed, shown = [], []
+    compose_cell = ConfigLoaderImpl.load_sweep_config
+
+    def counting(self, config, overrides):
+        composed.append(overrides)
+        return compose_cell(self, config, overrides)
+
+    class Bar(sweep.Progress):
+        def __init__(self, total, show, unit):
+            super().__init__(total, show, unit)
+            shown.append((self, show))
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counting)
+    monkeypatch.setattr(sweep, "Progress", Bar)
+    axes = ["solver=ddim,unipc", "nfe=range(2,12)", "lml.damping=1,2,3,4,5", "seed=0,100"]
+    outcome = script("sample", *TOY, *axes, "device=tpu")
+    assert "200 cells, 200 refused; nothing to make" in outcome.out
+    assert len(composed) == 2
+    ((bar, show),) = shown
+    assert show and (bar.count, bar.total, bar.unit) == (200, 200, "cells")
+    script("sample", *TOY, *axes, "device=tpu", "progress=false")
+    assert shown[1][1] is False
+
+
+OVERRIDES = [
+    ["solver=unipc", "nfe=7"],
+    ["lml=off", "lml.damping=3", "solver=ddim"],
+    ["lml.rank=1", "lml=published", "lml.damping=[1,2,null]"],
+    ["metrics=[fid,kid]", "metrics.kid.subset_size=10"],
+    ["+grid.timestep_spacing=linspace", "++nfe=9", "+model.call={a: 1, b: [x, y]}"],
+    ["experiment=table1_cifar10", "protocol=full", "seed=5", "solver=deis"],
+    ["model={name: mine, path: here}", "name=${model.name}-${nfe}"],
+    ["lml={rank: 1}", "~lml.kappa", "run_dir='~/a b'"],
+    ["experiment=table1_cifar10", "lml.damping=2", "metrics=none"],
+]
+
+
+def test_a_cell_is_what_hydra_makes_of_its_overrides(script, monkeypatch):
+    """Of all at once, and one after the other from what was composed before."""
+    seen = []
+
+    def compare(self, config, loader, failed):
+        composer = cli._Composer(config, loader)
+        for overrides in [*OVERRIDES, *OVERRIDES]:
+            cfg = loader.load_sweep_config(config, overrides)
+            cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            cli._complete(cfg)
+            assert composer(overrides) == OmegaConf.to_container(cfg, resolve=True), overrides
+            seen.append(overrides)
+        for wrong in (["lml.dampin=3"], ["solver=dimm"], ["nfe.x=3"], ["~nf"], ["+nfe=3"]):
+            with pytest.raises(Exception) as theirs:
+                loader.load_sweep_config(config, wrong)
+            with pytest.raises(type(theirs.value)) as ours:
+                composer(wrong)
+            assert cli.explain(ours.value) == cli.explain(theirs.value)
+        raise UserError("enough")
+
+    monkeypatch.setattr(cli._Sweeper, "__init__", compare)
+    outcome = script("sample", "-m", "seed=1,2", "num_images=3")
+    assert (outcome.code, outcome.err, len(seen)) == (2, "enough\n", 2 * len(OVERRIDES))
 
 
 def test_every_name_has_its_own_file(script, tmp_path):
@@ -224,8 +350,10 @@ def test_sweeps_of_one_name_add_up(script, tmp_path, capfd):
     outcome = script("sample", *TOY, "nfe=3,5")
     assert (
         outcome.code == 0
-        and outcome.err == "outputs/study/sweep.yaml: not a sweep's; written anew\n"
+        and outcome.err
+        == "outputs/study/sweep.yaml: not a sweep's; kept as sweep.yaml.broken, and written anew\n"
     )
+    assert path.with_name("sweep.yaml.broken").read_text() == "cells: ["
     assert [cell["nfe"] for cell in kept(tmp_path)["cells"]] == [3, 5]
 
 

@@ -53,7 +53,7 @@ class PromptSet(Sequence):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the prompts: `sha256` is that of the file that `save` writes."""
+        """What determines the prompts: `sha256` is that of `to_jsonl()` in UTF-8."""
         sha256 = hashlib.sha256(self.to_jsonl().encode()).hexdigest()
         return {"source": self.source, "count": len(self), "sha256": sha256}
 
@@ -67,13 +67,6 @@ class PromptSet(Sequence):
         """`records`, one JSON object a line."""
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
 
-    def save(self, path: str | Path) -> None:
-        """Write `to_jsonl()` as UTF-8, the whole file or none."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_bytes(self.to_jsonl().encode())
-        partial.replace(path)
-
 
 def load(config: Mapping[str, Any] | None) -> PromptSet | None:
     """The prompts that the config group `prompts` describes; None where it is empty."""
@@ -86,7 +79,7 @@ def load(config: Mapping[str, Any] | None) -> PromptSet | None:
 
 
 def read(path: str | Path) -> PromptSet:
-    """What `PromptSet.save` wrote. UserError for a file that is anything else."""
+    """What `PromptSet.to_jsonl` made, in a file. UserError for a file that is anything else."""
     entries = []
     for number, record in _read_jsonl(Path(path), str(path)):
         index, prompt = record.pop("index", None), record.get("prompt")

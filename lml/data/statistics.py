@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lml.data.assets import locate
 from lml.errors import UserError
+from lml.files import replacing
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -118,13 +118,8 @@ class ReferenceStatistics:
         arrays = {"mu": self.mu.numpy(), "sigma": self.sigma.numpy(), "count": self.count}
         if self.features is not None:
             arrays["features"] = self.features.numpy()
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, **arrays, protocol=json.dumps(self.protocol))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **arrays, protocol=json.dumps(self.protocol))
 
     @classmethod
     def load(

@@ -19,13 +19,15 @@ def tabulate(cfg: DictConfig) -> Path:
     `cfg` (configs/tabulate.yaml) is the study's: its `name` is that of the folders, unless `runs`
     or `out` say otherwise. Results of an older results.csv whose runs are no longer there are kept.
     What could not be used is said on stderr and under the tables. UserError when there is no
-    finished run with anything to show, and when the folder cannot be written to.
+    finished run with anything to show, when the folder cannot be written to, and when it has files
+    of these names that are not a study's.
     """
     runs = Path(cfg.runs or Path("outputs", str(cfg.name)))
     out = Path(cfg.out or Path("experiments", runs.name))
     check_output(out, "out")
     if not runs.is_dir() and not (out / "results.csv").is_file():
         raise UserError(f"runs={runs}: no such folder; experiment=NAME of a study that was run")
+    results.check_kept(out / "results.csv", f"out={out}")
     notes = []
     found = results.collect(runs, notes.append)
     older = results.from_csv(out / "results.csv", found, notes.append)
@@ -68,6 +70,13 @@ def tabulate(cfg: DictConfig) -> Path:
         if figure is not None:
             pictures = figures.encode(figure).items()
             files |= {f"{stem}.{suffix}": data for suffix, data in pictures}
+    if not (out / "results.csv").exists():
+        for name in files:
+            if name != sweep.name and (out / name).exists():
+                raise UserError(
+                    f"out={out}: {name} in it is not of a study (there is no results.csv beside "
+                    "it); choose another folder"
+                )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, nearest
 from lml.files import file_hash, load_json, load_yaml, open_regular
-from lml.store import canonical, is_edited, read_config, read_json, sealed
+from lml.store import canonical, image_name, read_config, read_json, sealed, why_not_sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
 STATUSES = ("done", "missing", "failed", "refused")
@@ -86,14 +86,14 @@ def collect(folder: Path, say: Say) -> list[Result]:
         setting = _setting(run, read_config(run))
         sha256 = manifest["settings_sha256"]
         timing = _read(run / "timing.json", say)
-        if is_edited(timing, sha256, "timing"):
-            say(f"{run / 'timing.json'}: was edited after it was written; not used")
+        if timing and (reason := why_not_sealed(timing, sha256, "timing")):
+            say(f"{run / 'timing.json'}: {reason}; not used")
             timing = {}
         values = list(_timing(timing, say, run / "timing.json"))
         setting["images_per_second"] = timing.get("images_per_second", math.nan)
         for name, entry in _read(run / "metrics.json", say).items():
-            if isinstance(entry, dict) and is_edited(entry, sha256, name):
-                say(f"{run / 'metrics.json'}: {name} was edited after it was written; not used")
+            if isinstance(entry, dict) and (reason := why_not_sealed(entry, sha256, name)):
+                say(f"{run / 'metrics.json'}: {name} {reason}; not used")
                 continue
             try:
                 values += _parts(name, entry)
@@ -126,7 +126,7 @@ def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "run": run.name,
         "model": config["model"]["name"],
         "model_sha256": hashlib.sha256(canonical(model).encode()).hexdigest()[:10],
-        "size": _size(run),
+        "size": _size(run, config["num_images"]),
         "solver": config["solver"]["name"],
         "solver_options": canonical(solver),
         "grid": config["grid"].get("name", "default"),
@@ -135,9 +135,9 @@ def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _size(run: Path) -> str:
+def _size(run: Path, num_images: int) -> str:
     try:
-        with open_image(run / "images/000000.png") as image:
+        with open_image(run / "images" / image_name(0, num_images)) as image:
             return f"{image.width}x{image.height}"
     except (OSError, ValueError):  # a run's images may have been thrown away
         return ""
@@ -242,8 +242,8 @@ def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
             for row in reader:
                 if set(reader.fieldnames) != {*columns, "seal"}:
                     older += row.get("run") not in runs
-                elif is_edited(row):
-                    say(f"{path}: line {reader.line_num} was edited after it was written; not used")
+                elif reason := why_not_sealed(row):
+                    say(f"{path}: line {reader.line_num} {reason}; not used")
                 else:
                     results.append(Result(**{k: kind(row[k]) for k, kind in columns.items()}))
     except FileNotFoundError:
@@ -254,6 +254,22 @@ def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
     if older:
         say(f"{path}: {older} rows with other columns, of an older version; not used")
     return results
+
+
+def check_kept(path: Path, key: str) -> None:
+    """UserError, beginning with `key`, when `path` is there and is no results.csv of any version.
+
+    What is in it could only be lost.
+    """
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
+            columns = next(csv.reader(file), [])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, csv.Error):
+        columns = []
+    if not {"run", "metric", "value"} <= set(columns):
+        raise UserError(f"{key}: {path.name} in it is no file of results; mend it, or move it away")
 
 
 def merge(found: Sequence[Result], older: Sequence[Result], runs: Path) -> list[Result]:

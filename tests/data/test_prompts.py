@@ -92,13 +92,13 @@ def test_a_quoted_cell_holds_line_breaks(tmp_path):
     path.write_bytes(b'prompt,n\r\n"one\r\ntwo",1\r\nthree,2\r\n')
     made = prompts.table(path)
     assert made.texts == ["one\r\ntwo", "three"]
-    made.save(tmp_path / "saved.jsonl")
+    (tmp_path / "saved.jsonl").write_bytes(made.to_jsonl().encode())
     assert prompts.read(tmp_path / "saved.jsonl").texts == made.texts
 
 
 def test_a_saved_set_is_read_back_and_its_hash_is_the_files(tmp_path):
     made = prompts.text(_write(tmp_path / "p.txt", "\n".join(HARD)))
-    made.save(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_bytes(made.to_jsonl().encode())
     data = (tmp_path / "prompts.jsonl").read_bytes()
     assert data.count(b"\n") == len(made) and "日本語" in data.decode()
     again = prompts.read(tmp_path / "prompts.jsonl")
@@ -338,7 +338,8 @@ def test_a_runs_own_prompts_come_first(tmp_path):
     images = tmp_path / "run/images"
     assert prompts.find(images) is None and prompts.find(images, {}) is None
     assert prompts.find(images, given) == ["a", "b"] == prompts.find(tmp_path / "plain", given)
-    prompts.text(_write(tmp_path / "q.txt", "x\ny\n")).save(tmp_path / "run/prompts.jsonl")
+    made = prompts.text(_write(tmp_path / "q.txt", "x\ny\n"))
+    (tmp_path / "run/prompts.jsonl").write_text(made.to_jsonl())
     assert prompts.find(images) == prompts.find(images, {}) == ["x", "y"]
     refused(
         r"^prompts: images=.* were made from those in .*prompts\.jsonl", prompts.find, images, given

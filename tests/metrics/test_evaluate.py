@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torchmetrics import Metric
 
+from lml import store
 from lml.data.images import ImageFolder
 from lml.data.prompts import text
 from lml.data.references import Reference
@@ -234,7 +236,7 @@ def test_the_script_finds_prompts(script, data, monkeypatch, tmp_path):
             .permute(0, 2, 3, 1)
         ),
     )
-    text(tmp_path / "p.txt").save(tmp_path / "run/prompts.jsonl")
+    (tmp_path / "run/prompts.jsonl").write_text(text(tmp_path / "p.txt").to_jsonl())
     outcome = script("evaluate", "images=run/images", *metric)
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((tmp_path / "scores.json").read_text())["letters"]["value"] == first
@@ -363,7 +365,7 @@ def test_too_few_images_are_told_before_any_work(script, toy, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_scores_that_cannot_be_written(script, data, tmp_path):
+def test_scores_that_cannot_be_written(script, data, tmp_path, monkeypatch):
     (tmp_path / "images").symlink_to(data / "images")
     metric = ["metrics=none", "+metrics.mean._target_=torchmetrics.MeanMetric"]
     outcome = script("evaluate", "images=images", *metric, "out=nowhere/scores.json")
@@ -372,7 +374,14 @@ def test_scores_that_cannot_be_written(script, data, tmp_path):
     metric = ["metrics=fd_cifar", f"metrics.fd_cifar.features={data / 'features'}"]
     metric.append(f"metrics.fd_cifar.reference={data / 'fd.npz'}")
     outcome = script("evaluate", "images=images", *metric, "out=scores.json")
-    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and outcome.out == ""
+
+    def full(path: Path, durable: bool = True) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "replacing", full)
+    outcome = script("evaluate", "images=images", *metric, "out=others.json")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "No space" in outcome.err
     assert "fd_cifar" in outcome.out  # what took the time is not lost
 
 
