@@ -9,7 +9,7 @@ from typing import Any
 from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.store import differences, is_edited, read_json, sealed, settings_hash
+from lml.store import differences, read_json, sealed, settings_hash, why_not_sealed
 
 FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")
@@ -49,10 +49,10 @@ def read(path: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}={path}: there is no such file")
     values = read_json(path)
     lml, settings = values.get("lml"), values.get("settings")
-    if not isinstance(lml, dict) or not isinstance(settings, dict) or "seal" not in values:
+    if not isinstance(lml, dict) or not isinstance(settings, dict):
         raise UserError(f"{key}={path}: not a calibration that scripts/calibrate.py made")
-    if is_edited(values, "calibration"):
-        raise UserError(f"{key}={path}: edited after it was made; make it again")
+    if reason := why_not_sealed(values, "calibration"):
+        raise UserError(f"{key}={path}: {reason}; make it again")
     return values
 
 
