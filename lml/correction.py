@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lml import numerics
-from lml.damping import damping_of_steps, is_damping, is_real
+from lml.damping import damping_of_steps, is_damping, is_real, one_for_each_step
 
 DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
@@ -44,6 +44,10 @@ def formula(g: Tensor, U: Tensor, damping: float, relative: bool, normed: bool) 
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:
     if not valid:
         raise ValueError(f"{name}={value}: must be {allowed}")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
 
 
 class LMLCorrection(nn.Module):
@@ -70,6 +74,7 @@ class LMLCorrection(nn.Module):
             the norm-preserving correction is the identity.
         norm_preserving: scale d to the norm of g.
         freeze: in [0, 1]; no correction while timestep >= (1 - freeze) * T.
+        length: > 0, of g' in units of what it would be; or a list with one for each step.
 
     Raises:
         ValueError: an option is out of its range.
@@ -84,11 +89,12 @@ class LMLCorrection(nn.Module):
         kappa: float = 0.0,
         norm_preserving: bool = True,
         freeze: float = 0.0,
+        length: float | Sequence[float] = 1.0,
     ):
         super().__init__()
         whole = isinstance(rank, Integral) and not isinstance(rank, bool)
         _check("rank", rank, whole and rank >= 0, "a whole number >= 0")
-        if isinstance(damping, Iterable) and not isinstance(damping, (str, bytes, Mapping)):
+        if _is_list(damping):
             damping = list(damping)
             valid = bool(damping) and all(d is None or is_damping(d) for d in damping)
             _check("damping", damping, valid, "a list of finite numbers > 0 and of None")
@@ -97,6 +103,13 @@ class LMLCorrection(nn.Module):
             _check(
                 "damping", damping, valid, "a finite number > 0, or a list with one for each step"
             )
+        if _is_list(length):
+            length = list(length)
+            valid = bool(length) and all(map(is_damping, length))
+            _check("length", length, valid, "a list of finite numbers > 0")
+        else:
+            valid = is_damping(length)
+            _check("length", length, valid, "a finite number > 0, or a list with one for each step")
         _check(
             "damping_scale",
             damping_scale,
@@ -119,6 +132,7 @@ class LMLCorrection(nn.Module):
         self.kappa = float(kappa)
         self.norm_preserving = norm_preserving
         self.freeze = float(freeze)
+        self.length = list(map(float, length)) if isinstance(length, list) else float(length)
 
     @property
     def is_relative(self) -> bool:
@@ -130,7 +144,7 @@ class LMLCorrection(nn.Module):
         return (
             f"rank={self.rank}, damping={self.damping} ({scale}), "
             f"anchor={self.anchor}, kappa={self.kappa}, "
-            f"norm_preserving={self.norm_preserving}, freeze={self.freeze}"
+            f"norm_preserving={self.norm_preserving}, freeze={self.freeze}, length={self.length}"
         )
 
     def dampings(
@@ -144,8 +158,16 @@ class LMLCorrection(nn.Module):
         last = (1 - self.freeze) * num_train_timesteps if self.freeze else math.inf
         return damping_of_steps(damping, last, timesteps)
 
+    def lengths(self, steps: int) -> tuple[float, ...]:
+        """The length of each of so many steps. ValueError: the option is a list for others."""
+        return one_for_each_step("length", self.length, steps)
+
     def forward(
-        self, direction: Tensor, anchors: Sequence[Tensor], damping: float | None
+        self,
+        direction: Tensor,
+        anchors: Sequence[Tensor],
+        damping: float | None,
+        length: float = 1.0,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The corrected direction g', and the anchors of the next direction.
 
@@ -157,6 +179,7 @@ class LMLCorrection(nn.Module):
             anchors: what the call before returned; () for the first direction of a trajectory,
                 which is returned unchanged. Those of another shape or device are dropped.
             damping: on the scale of the options; with None g' is g.
+            length: what g' is multiplied by.
         """
         if self.rank == 0:
             return direction, ()
@@ -164,6 +187,8 @@ class LMLCorrection(nn.Module):
             u for u in anchors if u.shape == direction.shape and u.device == direction.device
         )
         corrected = direction if damping is None else self._correct(anchors, direction, damping)
+        if length != 1:
+            corrected = corrected * length
         return corrected, (*anchors, direction.detach().clone())[-self.rank :]
 
     def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:

@@ -62,16 +62,23 @@ def damping_of_steps(
     Raises:
         ValueError: `damping` is a list for another number of steps.
     """
-    if not isinstance(damping, Sequence):
-        damping = [damping] * len(timesteps)
-    if len(damping) != len(timesteps):
-        raise ValueError(
-            f"damping={list(damping)}: has {len(damping)} entries for {len(timesteps)} steps"
-        )
+    dampings = one_for_each_step("damping", damping, len(timesteps))
     return tuple(
         None if timestep >= last else value
-        for timestep, value in zip(timesteps, damping, strict=True)
+        for timestep, value in zip(timesteps, dampings, strict=True)
     )
+
+
+def one_for_each_step(name: str, value: object, steps: int) -> tuple:
+    """The list `value`, or `value` for every step. ValueError: a list for another number of steps.
+
+    `name` is what the option is called.
+    """
+    if not isinstance(value, Sequence):
+        return (value,) * steps
+    if len(value) != steps:
+        raise ValueError(f"{name}={list(value)}: has {len(value)} entries for {steps} steps")
+    return tuple(value)
 
 
 def is_damping(value: object) -> bool:

@@ -258,6 +258,10 @@ def determine(
         scale = "relative" if correction.is_relative else "absolute"
         try:
             lml = {**lml, "damping": list(scheduler.dampings), "damping_scale": scale}
+            lengths = list(scheduler.lengths)
+            # left out where it does nothing: so the run is what it was before there was the option
+            lml.pop("length", None)
+            lml |= {"length": lengths} if set(lengths) != {1.0} else {}
         except ValueError as error:  # a list for another number of steps
             raise UserError(f"lml.{error}") from None
         optional["method_version"] = METHOD_VERSION

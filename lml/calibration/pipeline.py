@@ -22,7 +22,7 @@ def calibrate_pipeline(
     fine_steps: int = 50,
     seed: int = 1_000_000,
     batch_size: int = 4,
-    ranks: Sequence[int] = (1, 2),
+    ranks: Sequence[int] = (1,),
     rounds: int = 3,
     **call: Any,
 ) -> Calibration:

@@ -205,13 +205,13 @@ def _calibrate(
     whole = {"settings": settings, "protocol": protocol}
     states = {}
     if (kept := read_json(folder / STATE)) and kept.get("of") == whole:
-        states = {int(rank): Progress(**progress) for rank, progress in kept["ranks"].items()}
+        states = {key: Progress(**progress) for key, progress in kept["searches"].items()}
 
     def save(progress: Progress) -> None:
-        states[progress.rank] = progress
-        ranks = {str(rank): asdict(progress) for rank, progress in states.items()}
+        states[progress.key] = progress
+        searches = {key: asdict(progress) for key, progress in states.items()}
         if first == 0:
-            write_json(folder / STATE, {"of": whole, "ranks": ranks})
+            write_json(folder / STATE, {"of": whole, "searches": searches})
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
@@ -229,18 +229,11 @@ def _calibrate(
     except KeyboardInterrupt as interruption:
         interruption.args = ("interrupted; the same command goes on from the last round",)
         raise
-    choice = found.choice
-    default = {"rank": scheduler.correction_class().rank, "damping": None}
-    lml = {
-        "off": {"rank": 0, "damping": None},
-        "default": default,
-        "calibrated": {"rank": choice.rank, "damping": list(choice.damping or ())},
-    }[found.chosen]
     return stored.seal(
         {
             "settings": settings,
             "protocol": protocol,
-            "lml": {**lml, "damping_scale": "relative"},
+            "lml": found.choice.options(),
             **found.as_dict(),
         }
     )
@@ -252,10 +245,12 @@ def row(values: Mapping[str, Any]) -> str:
     off, default, best = (errors[name]["unseen"] for name in ("off", "default", "calibrated"))
     dampings = values["calibrated"]["damping"]
     text = " ".join("-" if damping is None else f"{damping:.3g}" for damping in dampings)
+    lengths = values["calibrated"]["length"] or ()
+    also = f", length {' '.join(f'{length:.3g}' for length in lengths)}" if lengths else ""
     return (
         f"off {off:.4f}, default {default:.4f} ({_change(default, off)}), calibrated {best:.4f} "
         f"({_change(best, off)}): {values['chosen']}; rank {values['calibrated']['rank']}, "
-        f"damping {text}"
+        f"damping {text}{also}"
     )
 
 

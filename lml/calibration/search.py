@@ -1,20 +1,21 @@
 """How much damping this model wants, with this solver, grid and number of steps: found by trying.
 
-For each step but the first, which has no anchor, one damping lambda_k. What is minimised is the
-distance between the samples and the fine-step solutions from the same noise, a sum of squares, by
-the Levenberg-Marquardt method over c_k = 1 / lambda_k >= 0: to first order LML adds
-c (g - u) to g, so that samples are nearly linear in c, and c = 0 is a step that is left as it is.
-The derivative by c_k costs the steps after k alone: `memoised` networks are not evaluated again
-where nothing has changed.
+There are two numbers for each step. The damping lambda_k says how far LML extrapolates: the first
+step, which has no anchor, has none. The length l_k multiplies g'. What is minimised is the distance
+between the samples and the fine-step solutions from the same noise, a sum of squares, by the
+Levenberg-Marquardt method over c_k = 1 / lambda_k >= 0, and then over c and l: to first order g' is
+l (g + c (g - u)), so that samples are nearly linear in both, and c = 0 leaves a step without LML.
+The derivative by a number of step k costs the steps after k alone: networks that are `memoised` are
+not evaluated again where nothing has changed.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,13 +23,29 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lml.correction import LMLCorrection
 from lml.processes import gather, rank_and_world
 
-LARGEST = 8.0  # c, a damping of 1/8: beyond it nearly all of the anchors' part is gone
 SMALLEST = 1e-3  # c below it is 0
-DIFFERENCE = 0.3  # in c, of the derivatives: so large that what a few samples do is smoothed
+STARTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # c of all steps, beside the default's
 TRIES = 6  # step lengths in a round
 ENOUGH = 0.01  # a relative gain below which the search ends
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of number that is searched: its range, and what derivatives are taken by.
+
+    Differences are so large that what a few samples do is smoothed.
+    """
+
+    low: float
+    high: float
+    difference: float
+
+
+C = Kind(0.0, 8.0, 0.3)  # at a damping of 1/8 nearly all of the anchors' part is gone
+LENGTH = Kind(0.5, 1.5, 0.02)
 
 
 class CalibrationError(ValueError):
@@ -37,17 +54,27 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """LML's options: `rank` 0 is off, `damping` one a step, and None is the scheduler's default."""
+    """LML's options: `rank` 0 is off; `damping` and `length` are one a step.
+
+    A `damping` of None is the scheduler's default, a `length` of None is 1.
+    """
 
     rank: int
     damping: tuple[float | None, ...] | None = None
+    length: tuple[float, ...] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As a scheduler takes them."""
+        return {
+            "rank": self.rank,
+            "damping": None if self.damping is None else list(self.damping),
+            "damping_scale": "relative",
+            "length": 1.0 if self.length is None else list(self.length),
+        }
 
     def apply(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """A scheduler like `scheduler`, one of `lml.schedulers`, with these options."""
-        damping = None if self.damping is None else list(self.damping)
-        return type(scheduler).from_config(
-            scheduler.config, rank=self.rank, damping=damping, damping_scale="relative"
-        )
+        return type(scheduler).from_config(scheduler.config, **self.options())
 
 
 OFF = Choice(0)
@@ -247,86 +274,108 @@ def _rms(parts: list[tuple[Tensor, int]]) -> float:
     return math.sqrt(sum(total.item() for total, _ in parts) / sum(count for _, count in parts))
 
 
-def _choice(rank: int, c: Sequence[float]) -> Choice:
-    """The dampings 1 / c; of the first step, which has no anchor, None."""
-    return Choice(rank, (None, *(1 / value if value >= SMALLEST else None for value in c)))
-
-
 @dataclass
 class Progress:
-    """Where the search of one rank stands; enough to go on from."""
+    """Where a search stands; enough to go on from.
+
+    `values` are c of all steps but the first, and, if lengths are searched, those of all steps.
+    """
 
     rank: int
-    c: list[float]
+    steps: int
+    values: list[float]
     error: float
     mu: float = 0.01
     rounds: int = 0
     is_done: bool = False
 
+    @property
+    def key(self) -> str:
+        """What tells the searches of a calibration apart."""
+        return f"{self.rank}, {len(self.values)}"
+
+    def choice(self, values: Sequence[float] | None = None) -> Choice:
+        """The options that these values, or its own, stand for."""
+        values = self.values if values is None else values
+        c, lengths = values[: self.steps - 1], values[self.steps - 1 :]
+        damping = (None, *(1 / value if value >= SMALLEST else None for value in c))
+        return Choice(self.rank, damping, tuple(lengths) or None)
+
+    def kinds(self) -> list[Kind]:
+        """Of each value."""
+        return [C if k < self.steps - 1 else LENGTH for k in range(len(self.values))]
+
+    def last_first(self) -> list[int]:
+        """The values in the order of their steps, the last first: earlier steps are then known."""
+        steps = [*range(1, self.steps), *range(self.steps)][: len(self.values)]
+        return sorted(range(len(self.values)), key=lambda k: -steps[k])
+
+    def with_lengths(self) -> Progress:
+        """A search of lengths, too, from where this one ended."""
+        return Progress(self.rank, self.steps, [*self.values, *[1.0] * self.steps], self.error)
+
 
 def search(samples: _Samples, progress: Progress, rounds: int) -> Iterator[Progress]:
     """Levenberg-Marquardt steps from `progress`, each yielded; at most `rounds` in all."""
+    kinds, order = progress.kinds(), progress.last_first()
+    low, high, unit = (
+        torch.tensor([getattr(kind, name) for kind in kinds], dtype=torch.float64)
+        for name in ("low", "high", "difference")
+    )
     while not progress.is_done and progress.rounds < rounds:
-        c, error, mu = torch.tensor(progress.c, dtype=torch.float64), progress.error, progress.mu
-        here = _choice(progress.rank, progress.c)
-        steps = [DIFFERENCE if value + DIFFERENCE <= LARGEST else -DIFFERENCE for value in c]
+        values = torch.tensor(progress.values, dtype=torch.float64)
+        sign = torch.where(values + unit <= high, 1.0, -1.0)
         others = []
-        for k in reversed(range(len(c))):  # the last first: the steps before k are known
-            other = list(progress.c)
-            other[k] += steps[k]
-            others.append(_choice(progress.rank, other))
-        JJ, Jr = samples.derivatives(here, others)
-        h = torch.tensor(steps, dtype=torch.float64)
-        JJ, Jr = JJ.flip(0, 1) / torch.outer(h, h), Jr.flip(0) / h
-        found = None
+        for k in order:
+            other = values.clone()
+            other[k] += sign[k] * unit[k]
+            others.append(progress.choice(other.tolist()))
+        JJ, Jr = samples.derivatives(progress.choice(), others)
+        back = torch.tensor(order).argsort()
+        JJ, Jr = JJ[back][:, back] * torch.outer(sign, sign), Jr[back] * sign
+        mu, found, error = progress.mu, None, progress.error
         for _ in range(TRIES):
-            candidate = _step(c, JJ, Jr, mu)
-            new = samples.error(_choice(progress.rank, candidate.tolist()), "search")
+            step = _step(JJ, Jr, mu, (low - values) / unit, (high - values) / unit)
+            candidate = (values + unit * step).clamp(low, high)
+            new = samples.error(progress.choice(candidate.tolist()), "search")
             if new < error:
-                found, mu = candidate, mu / 4
+                found, error, mu = candidate, new, mu / 4
                 break
             mu *= 8
-        gain = 0.0 if found is None else 1 - new / error
-        progress = Progress(
-            progress.rank,
-            c.tolist() if found is None else found.tolist(),
-            error if found is None else new,
-            mu,
-            progress.rounds + 1,
-            gain < ENOUGH,
+        progress = replace(
+            progress,
+            values=progress.values if found is None else found.tolist(),
+            error=error,
+            mu=mu,
+            rounds=progress.rounds + 1,
+            is_done=found is None or error > (1 - ENOUGH) * progress.error,
         )
         yield progress
 
 
-def _step(c: Tensor, JJ: Tensor, Jr: Tensor, mu: float) -> Tensor:
-    """The damped Gauss-Newton step from c in [0, LARGEST], along what is not held by a bound."""
-    free = torch.ones(len(c), dtype=torch.bool)
-    new = c.clone()
-    scale = JJ.diagonal().mean().clamp_min(1e-30)
-    for _ in range(len(c)):
-        H = JJ[free][:, free]
-        damped = H + mu * torch.diag(H.diagonal() + 0.01 * scale)
-        held = (new - c).masked_fill(free, 0.0)
-        delta = torch.linalg.solve(damped, -(Jr[free] + (JJ @ held)[free]))
-        trial = new.clone()
-        trial[free] = c[free] + delta
-        outside = (trial < 0) | (trial > LARGEST)
-        new = trial.clamp(0, LARGEST)
+def _step(JJ: Tensor, Jr: Tensor, mu: float, low: Tensor, high: Tensor) -> Tensor:
+    """The damped Gauss-Newton step from 0, in [low, high], along what is not held by a bound."""
+    diagonal = JJ.diagonal()
+    damped = JJ + mu * torch.diag(diagonal + (0.01 * diagonal.mean()).clamp_min(1e-30))
+    step, free = torch.zeros_like(Jr), torch.ones(len(Jr), dtype=torch.bool)
+    while free.any():
+        held = step.masked_fill(free, 0.0)
+        step[free] = torch.linalg.solve(damped[free][:, free], -(Jr + damped @ held)[free])
+        outside = (step < low) | (step > high)
+        step = step.clamp(low, high)
         if not (outside & free).any():
             break
         free &= ~outside
-        if not free.any():
-            break
-    return new
+    return step
 
 
 def calibrate(
     problem: Problem,
     searched: Sequence[int],
     unseen: Sequence[int],
-    ranks: Sequence[int] = (1, 2),
+    ranks: Sequence[int] = (1,),
     rounds: int = 3,
-    states: dict[int, Progress] | None = None,
+    states: Mapping[str, Progress] | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[int], None] = lambda evaluations: None,
 ) -> Calibration:
@@ -337,8 +386,9 @@ def calibrate(
 
     Args:
         ranks: those that are tried.
-        rounds: at most so many steps of the search for each.
-        states: where the search of each rank goes on.
+        rounds: at most so many steps of each search; of each rank there is one of dampings, and
+            one of dampings and lengths.
+        states: where each of them goes on, by its key.
         save: is called with where it stands after each of them.
         tell: is called with every number of network evaluations that were made.
     """
@@ -353,27 +403,31 @@ def calibrate(
         raise CalibrationError("a single step has no anchor: there is no damping to choose")
     states = dict(states or {})
     samples = _Samples(problem, searched, tell)
-    default = Choice(type(problem.scheduler)().correction.rank)
+
+    def go_on(start: Callable[[], Progress], key: str) -> Progress:
+        progress = states.get(key) or start()
+        for progress in search(samples, progress, rounds):  # noqa: B020
+            save(progress)
+        return progress
+
+    ended = []
     for rank in ranks:
-        start = states.get(rank) or _start(samples, rank, problem.scheduler, problem.steps)
-        states[rank] = start
-        for states[rank] in search(samples, start, rounds):
-            save(states[rank])
+        plain = go_on(lambda rank=rank: _start(samples, rank, count), f"{rank}, {count - 1}")
+        lengths = go_on(plain.with_lengths, f"{rank}, {2 * count - 1}")
+        ended += [plain, lengths]
     check = _Samples(problem, unseen, tell)
-    candidates = {"off": OFF, "default": default}
-    options = {p.rank: _choice(p.rank, p.c) for p in states.values()}
-    checked = {rank: check.error(choice) for rank, choice in options.items()}
-    best_rank = min(checked, key=lambda rank: (checked[rank], rank))
-    candidates["calibrated"] = options[best_rank]
-    errors = {}
-    for name, choice in candidates.items():
-        unseen_error = checked[best_rank] if name == "calibrated" else check.error(choice)
-        errors[name] = {"searched": samples.error(choice), "unseen": unseen_error}
+    default = Choice(LMLCorrection().rank)
+    options = min((progress.choice() for progress in ended), key=check.error)
+    candidates = {"off": OFF, "default": default, "calibrated": options}
+    errors = {
+        name: {"searched": samples.error(choice), "unseen": check.error(choice)}
+        for name, choice in candidates.items()
+    }
     chosen = min(errors, key=lambda name: (errors[name]["unseen"], name != "off"))
     return Calibration(
         chosen,
         candidates[chosen],
-        candidates["calibrated"],
+        options,
         errors,
         samples.tries + check.tries,
         samples.evaluations + check.evaluations,
@@ -389,19 +443,23 @@ def most_evaluations(
     count = len(problem.scheduler.timesteps)
     problem.fine_scheduler.set_timesteps(problem.fine_steps)
     fine = len(problem.fine_scheduler.timesteps)
-    a_round = count + count * (count - 1) // 2 + TRIES * count
-    search = len(ranks) * (2 * count + rounds * a_round) + 3 * count
-    return (searched + unseen) * fine + searched * search + unseen * (2 + len(ranks)) * count
+    after = count * (count - 1) // 2  # evaluations after a step, over all steps
+    rounds_of_both = 2 * (1 + TRIES) * count + 2 * after
+    search = len(ranks) * ((len(STARTS) + 1) * count + rounds * rounds_of_both) + 3 * count
+    check = (2 * len(ranks) + 3) * count
+    return (searched + unseen) * fine + searched * search + unseen * check
 
 
-def _start(samples: _Samples, rank: int, scheduler: SchedulerMixin, steps: int) -> Progress:
-    """From the better of off and default."""
-    like = Choice(rank).apply(scheduler)
-    like.set_timesteps(steps)
-    dampings = [1 / damping if damping else 0.0 for damping in like.dampings[1:]]
-    starts = [[0.0] * len(dampings), dampings]
-    errors = [samples.error(_choice(rank, c), "search") for c in starts]
-    best = min(range(2), key=errors.__getitem__)
-    if not math.isfinite(errors[best]):
+def _start(samples: _Samples, rank: int, steps: int) -> Progress:
+    """From the best of some dampings that are the same for all steps, and the default's."""
+    scheduler = Choice(rank).apply(samples.problem.scheduler)
+    scheduler.set_timesteps(samples.problem.steps)
+    default = [min(1 / damping, C.high) if damping else 0.0 for damping in scheduler.dampings[1:]]
+    starts = [*([c] * (steps - 1) for c in STARTS), default]
+    found = [Progress(rank, steps, values, math.inf) for values in starts]
+    for progress in found:
+        progress.error = samples.error(progress.choice(), "search")
+    best = min(found, key=lambda progress: progress.error)
+    if not math.isfinite(best.error):
         raise CalibrationError("the samples have values that are not finite")
-    return Progress(rank, starts[best], errors[best])
+    return best

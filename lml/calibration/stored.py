@@ -13,7 +13,10 @@ from lml.store import differences, read_json, sealed, settings_hash, why_not_sea
 
 FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")
-CHOSEN_BY_IT = ("name", "rank", "damping", "damping_scale", "calibration", "objective")
+CHOSEN_BY_IT = (
+    *("name", "calibration", "objective"),
+    *("rank", "damping", "damping_scale", "length"),
+)
 
 
 def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:

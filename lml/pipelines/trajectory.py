@@ -69,7 +69,7 @@ def record(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[Trajectory
         trajectory.evaluations.append((float(timestep), sample))
 
     def corrected(_: nn.Module, args: tuple, output: tuple) -> None:
-        direction, anchors, damping = args
+        direction, anchors, damping = args[:3]
         trajectory.corrections.append(Correction(direction, output[0], anchors, damping))
 
     hooks = []

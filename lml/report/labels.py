@@ -26,7 +26,7 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
 
     `options` are those of the config group `lml`, as JSON.
     """
-    ours = json.loads(options)
+    ours = _plain(json.loads(options))
     if not ours.get("rank"):
         return OFF
     # The numbers of runs from before it was kept are those of version 1.
@@ -44,7 +44,12 @@ def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
     # what it refers to: the published target is the solver's, its damping that of the evaluations
     around = {"solver": {}, **_option("solver", solver), "nfe": nfe}
     cfg = OmegaConf.create({**_option("lml", name), **around})
-    return OmegaConf.to_container(cfg.lml, resolve=True)
+    return _plain(OmegaConf.to_container(cfg.lml, resolve=True))
+
+
+def _plain(lml: dict[str, Any]) -> dict[str, Any]:
+    # Runs from before there was the option do not say that it was 1.
+    return {key: value for key, value in lml.items() if (key, value) != ("length", 1.0)}
 
 
 @functools.cache

@@ -119,6 +119,7 @@ class LMLSchedulerMixin:
         self.anchors: tuple[Tensor, ...] = ()
         self.position: int | None = None  # of the last step in the grid
         self._dampings: tuple[float | None, ...] | None = None
+        self._lengths: tuple[float, ...] | None = None
 
     @property
     def default_damping(self) -> float:
@@ -139,6 +140,17 @@ class LMLSchedulerMixin:
                 self._training_timesteps(), self.config.num_train_timesteps, self.default_damping
             )
         return self._dampings
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """The length of g' at each step of this grid, in units of what it would be.
+
+        Raises:
+            ValueError: the option `length` is a list for another number of steps.
+        """
+        if self._lengths is None:
+            self._lengths = self.correction.lengths(len(self.timesteps))
+        return self._lengths
 
     def _training_timesteps(self) -> list[float]:
         """The grid in [0, T]."""
@@ -190,8 +202,8 @@ class LMLSchedulerMixin:
         return change_noise(self, model_output, timestep, sample, self._correct)
 
     def _correct(self, direction: Tensor) -> Tensor:
-        damping = self.dampings[self.position]
-        corrected, self.anchors = self.correction(direction, self.anchors, damping)
+        damping, length = self.dampings[self.position], self.lengths[self.position]
+        corrected, self.anchors = self.correction(direction, self.anchors, damping, length)
         return corrected
 
     def _position(self, timestep) -> int:
