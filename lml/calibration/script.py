@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -258,13 +260,15 @@ def _change(error: float, off: float) -> str:
     return f"{100 * (error / off - 1):+.1f} %" if off and math.isfinite(error) else "-"
 
 
-_told: list[tuple[str, int, float, str]] = []  # of a sweep's cells in this process
+_told: list[tuple[str, int, float, str]] = []  # of the cells of this sweep in this process
 
 
 def tell(cfg: DictConfig, values: Mapping[str, Any]) -> None:
     """Print what was found, and which of a sweep's cells is the best so far."""
     if rank_and_world()[0]:
         return
+    if HydraConfig.get().mode == RunMode.RUN or not HydraConfig.get().job.num:
+        _told.clear()
     name = f"solver={cfg.solver.name} grid={cfg.grid.get('name', 'default')}"
     print(f"{name} nfe={cfg.nfe}: {row(values)}", flush=True)
     error = min(errors["unseen"] for errors in values["errors"].values())

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -215,7 +216,8 @@ class _Samples:
     @property
     def evaluations(self) -> int:
         """Of the network, times samples; in all processes."""
-        own = sum(b.memo.evaluations * len(b.indices) for b in self.batches)
+        fine = _count_steps(self.problem.fine_scheduler, self.problem.fine_steps)
+        own = sum((b.memo.evaluations + fine) * len(b.indices) for b in self.batches)
         return sum(gather(own))
 
     def _sample(self, batch: _Batch, scheduler: SchedulerMixin, steps: int) -> Tensor:
@@ -232,8 +234,8 @@ class _Samples:
         values = getattr(p.objective, part)
         for batch in self.batches:
             if batch.fine is None:
-                batch.fine = self._sample(batch, p.fine_scheduler, p.fine_steps)
-                batch.memo.calls.clear()
+                batch.fine = p.sample(p.fine_scheduler, p.fine_steps, batch.indices)
+                self.tell(_count_steps(p.fine_scheduler, p.fine_steps) * len(batch.indices))
                 if not batch.fine.isfinite().all():
                     raise CalibrationError("the fine solution has values that are not finite")
             samples = self._sample(batch, choice.apply(p.scheduler), p.steps)
@@ -354,19 +356,17 @@ def search(samples: _Samples, progress: Progress, rounds: int) -> Iterator[Progr
 
 
 def _step(JJ: Tensor, Jr: Tensor, mu: float, low: Tensor, high: Tensor) -> Tensor:
-    """The damped Gauss-Newton step from 0, in [low, high], along what is not held by a bound."""
+    """The damped Gauss-Newton step: s in [low, high] with the least |r + J s|² + mu |s|²_D.
+
+    D is the diagonal of JᵀJ, with a floor under it.
+    """
     diagonal = JJ.diagonal()
-    damped = JJ + mu * torch.diag(diagonal + (0.01 * diagonal.mean()).clamp_min(1e-30))
-    step, free = torch.zeros_like(Jr), torch.ones(len(Jr), dtype=torch.bool)
-    while free.any():
-        held = step.masked_fill(free, 0.0)
-        step[free] = torch.linalg.solve(damped[free][:, free], -(Jr + damped @ held)[free])
-        outside = (step < low) | (step > high)
-        step = step.clamp(low, high)
-        if not (outside & free).any():
-            break
-        free &= ~outside
-    return step
+    floor = (0.01 * diagonal.mean()).clamp_min(1e-30)
+    # |r + J s|² is |Lᵀ s + L⁻¹ Jᵀr|² and what does not depend on s, where L Lᵀ = JᵀJ
+    L = torch.linalg.cholesky(JJ + torch.diag(mu * (diagonal + floor) + 1e-9 * floor))
+    rest = -torch.linalg.solve_triangular(L, Jr[:, None], upper=False)[:, 0]
+    found = lsq_linear(L.T.numpy(), rest.numpy(), (low.numpy(), high.numpy()), method="bvls")
+    return torch.from_numpy(found.x)
 
 
 def calibrate(
@@ -397,8 +397,7 @@ def calibrate(
         raise CalibrationError("there must be at least one sample to search and one to check")
     if set(searched) & set(unseen):
         raise CalibrationError("samples that were searched can't be checked as unseen")
-    problem.scheduler.set_timesteps(problem.steps)
-    count = len(problem.scheduler.timesteps)
+    count = _count_steps(problem.scheduler, problem.steps)
     if count < 2:
         raise CalibrationError("a single step has no anchor: there is no damping to choose")
     states = dict(states or {})
@@ -439,10 +438,8 @@ def most_evaluations(
     problem: Problem, searched: int, unseen: int, ranks: Sequence[int], rounds: int
 ) -> int:
     """At most so many network evaluations, times samples, does `calibrate` make."""
-    problem.scheduler.set_timesteps(problem.steps)
-    count = len(problem.scheduler.timesteps)
-    problem.fine_scheduler.set_timesteps(problem.fine_steps)
-    fine = len(problem.fine_scheduler.timesteps)
+    count = _count_steps(problem.scheduler, problem.steps)
+    fine = _count_steps(problem.fine_scheduler, problem.fine_steps)
     after = count * (count - 1) // 2  # evaluations after a step, over all steps
     rounds_of_both = 2 * (1 + TRIES) * count + 2 * after
     search = len(ranks) * ((len(STARTS) + 1) * count + rounds * rounds_of_both) + 3 * count
@@ -450,10 +447,18 @@ def most_evaluations(
     return (searched + unseen) * fine + searched * search + unseen * check
 
 
+def _count_steps(scheduler: SchedulerMixin, steps: int) -> int:
+    """The number of evaluations for `set_timesteps(steps)`, which is called."""
+    # With dynamic shifting the pipeline gives mu, which does not change their number.
+    mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(steps, **mu)
+    return len(scheduler.timesteps)
+
+
 def _start(samples: _Samples, rank: int, steps: int) -> Progress:
     """From the best of some dampings that are the same for all steps, and the default's."""
     scheduler = Choice(rank).apply(samples.problem.scheduler)
-    scheduler.set_timesteps(samples.problem.steps)
+    _count_steps(scheduler, samples.problem.steps)
     default = [min(1 / damping, C.high) if damping else 0.0 for damping in scheduler.dampings[1:]]
     starts = [*([c] * (steps - 1) for c in STARTS), default]
     found = [Progress(rank, steps, values, math.inf) for values in starts]

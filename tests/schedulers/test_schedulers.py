@@ -433,6 +433,7 @@ def test_options_survive_saving_and_conversion(cls, options, tmp_path):
         "target": "prediction",
         "norm_preserving": False,
         "freeze": 0.125,
+        "length": 1.25,
     }
     scheduler = cls(**options, **lml)
     assert options_of(scheduler) == lml

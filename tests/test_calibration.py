@@ -1,0 +1,392 @@
+"""Calibration: it finds what there is to find, on samples that it did not see, and no more."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+
+from lml import calibration, schedulers
+from lml.calibration import Choice, Objective, Problem, calibrate, calibrate_pipeline
+from lml.calibration.search import Memo, _step, memoised
+from lml.exact import Gaussian
+from lml.pipelines import pixel
+
+SCHEDULE = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+
+
+def flat(samples: torch.Tensor) -> torch.Tensor:
+    return samples.flatten(1).double()
+
+
+def problem(model, solver, steps=5, fine=200, grid="trailing", **options) -> Problem:
+    """Sampling of an exact model: the fine solution is DPM-Solver++(3M)'s."""
+    scheduler = solver.from_config({**SCHEDULE.config, "timestep_spacing": grid, **options}, rank=1)
+    parent = schedulers.LMLDPMSolverMultistepScheduler
+    fine_scheduler = parent.from_config(SCHEDULE.config, solver_order=3, rank=0)
+    shape = (model.config.in_channels, *pixel.size(model))
+
+    def sample(solver, steps, indices):
+        noise, _ = pixel.draw_noise(list(indices), shape)
+        return pixel.sample(model, solver, steps, noise)
+
+    return Problem(
+        sample, model, scheduler, steps, fine_scheduler, fine, Objective("rmse", flat, flat), 16
+    )
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    return Gaussian.random(sample_size=8, scheduler=SCHEDULE)
+
+
+@pytest.mark.parametrize("grid", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("steps", [5, 8])
+def test_a_gaussian_is_solved_with_a_third_less_error(gaussian, grid, steps):
+    """DDIM, on seeds that the search did not see."""
+    p = problem(gaussian, schedulers.LMLDDIMScheduler, steps, grid=grid)
+    found = calibrate(p, range(32), range(100, 132))
+    assert found.chosen == "calibrated"
+    assert found.errors["calibrated"]["unseen"] < found.errors["off"]["unseen"] * 2 / 3
+
+
+OTHERS = (schedulers.LMLFlowMatchEulerDiscreteScheduler, schedulers.LMLIPNDMScheduler)
+
+
+@pytest.mark.parametrize(
+    "solver",  # all on a DDPM's noise schedule
+    [cls for cls in schedulers.LMLSchedulerMixin.__subclasses__() if cls not in OTHERS],
+)
+def test_no_solver_gets_worse(gaussian, solver):
+    found = calibrate(problem(gaussian, solver, 6, 60), range(16), range(100, 116), rounds=1)
+    errors = found.errors
+    best = min(errors.values(), key=lambda error: error["unseen"])
+    assert errors[found.chosen] == best
+    assert errors["calibrated"]["searched"] <= errors["off"]["searched"]
+
+
+def test_what_the_solver_solves_is_left_to_it():
+    """A point mass: every step of DDIM is exact."""
+    point = Gaussian(torch.zeros(3, 4, 4), torch.zeros(48), scheduler=SCHEDULE)
+    found = calibrate(problem(point, schedulers.LMLDDIMScheduler), range(4), range(10, 14))
+    assert found.chosen == "off" and found.choice == Choice(0)
+    assert found.errors["off"]["unseen"] < 1e-4
+
+
+def test_more_rounds_find_more(gaussian):
+    errors = []
+    for rounds in (1, 4):
+        p = problem(gaussian, schedulers.LMLDDIMScheduler)
+        found = calibrate(p, range(16), range(100, 116), rounds=rounds)
+        errors.append(found.errors["calibrated"]["searched"])
+    assert errors[1] < errors[0]
+
+
+def test_networks_are_not_evaluated_where_nothing_changed(gaussian):
+    """And what they answer is the same to the last bit."""
+    p = problem(gaussian, schedulers.LMLDDIMScheduler)
+    first = Choice(1, (None, 2.0, 2.0, 2.0, 2.0))
+    third = Choice(1, (None, 2.0, 2.0, 4.0, 2.0))
+    memo = Memo()
+    for choice, evaluations in [(first, 5), (first, 5), (third, 6), (Choice(0), 9)]:
+        memo.begin()
+        with memoised(gaussian, memo):
+            known = p.sample(choice.apply(p.scheduler), 5, range(4))
+        assert torch.equal(known, p.sample(choice.apply(p.scheduler), 5, range(4)))
+        assert memo.evaluations == evaluations  # the first step has no anchor
+    assert "forward" not in vars(gaussian)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_step_within_bounds_is_the_least_squares_solution(seed):
+    """Without damping; projected coordinate descent in float64 is the second implementation."""
+    generator = torch.Generator().manual_seed(seed)
+    J = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    r = torch.randn(40, generator=generator, dtype=torch.float64)
+    low, high = torch.full((5,), -0.05).double(), torch.full((5,), 0.1).double()
+    step = _step(J.T @ J, J.T @ r, 0.0, low, high)
+    assert ((step >= low) & (step <= high)).all()
+    best = torch.zeros(5, dtype=torch.float64)
+    for _ in range(500):
+        for k in range(5):
+            rest = r + J @ best - J[:, k] * best[k]
+            best[k] = (-(J[:, k] @ rest) / (J[:, k] @ J[:, k])).clamp(low[k], high[k])
+    torch.testing.assert_close(step, best, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 1}, "single step"),
+        ({"searched": range(0)}, "at least one sample"),
+        ({"unseen": range(3, 5)}, "unseen"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(gaussian, change, message):
+    p = problem(gaussian, schedulers.LMLDDIMScheduler, change.get("steps", 4), fine=8)
+    with pytest.raises(calibration.CalibrationError, match=message):
+        calibrate(p, change.get("searched", range(4)), change.get("unseen", range(10, 14)))
+
+
+def test_a_fine_solution_with_nan_is_refused(gaussian):
+    p = problem(gaussian, schedulers.LMLDDIMScheduler, 4, fine=8)
+    sample = p.sample
+    p.sample = lambda solver, steps, indices: (
+        sample(solver, steps, indices) * (math.nan if steps == 8 else 1)
+    )
+    with pytest.raises(calibration.CalibrationError, match="not finite"):
+        calibrate(p, range(4), range(10, 14))
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+def test_a_length_multiplies_the_corrected_direction(gaussian):
+    p = problem(gaussian, schedulers.LMLDDIMScheduler, 3)
+    g = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for lengths in ([1.0, 1.0, 1.0], [0.5, 2.0, 1.25]):
+        scheduler = Choice(1, (None, 2.0, None), tuple(lengths)).apply(p.scheduler)
+        scheduler.set_timesteps(3)
+        anchors, plain = (), ()
+        for damping, length in zip(scheduler.dampings, scheduler.lengths, strict=True):
+            corrected, anchors = scheduler.correction(g, anchors, damping, length)
+            without, plain = scheduler.correction(g, plain, damping)
+            torch.testing.assert_close(corrected, without * length)
+            torch.testing.assert_close(anchors, plain)  # they stay uncorrected
+            g = g.roll(1, -1) + 0.5 * g
+
+
+@pytest.mark.parametrize("length", [0, -1.0, True, "1", [], [1.0, None], [1.0, 0.0], math.nan])
+def test_lengths_that_are_none(length):
+    with pytest.raises(ValueError, match=r"^length="):
+        schedulers.LMLDDIMScheduler(length=length)
+
+
+def test_lengths_for_another_number_of_steps():
+    scheduler = schedulers.LMLDDIMScheduler(length=[1.0, 1.1])
+    scheduler.set_timesteps(3)
+    with pytest.raises(ValueError, match=r"length=.*has 2 entries for 3 steps"):
+        _ = scheduler.lengths
+
+
+# --- pipelines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart", "flux"])
+def test_a_pipeline_is_calibrated(pipelines, name):
+    pipe = DiffusionPipeline.from_pretrained(pipelines / name)
+    pipe.set_progress_bar_config(disable=True)
+    flow = "FlowMatch" in type(pipe.scheduler).__name__
+    cls = (
+        schedulers.LMLFlowMatchEulerDiscreteScheduler
+        if flow
+        else schedulers.LMLDPMSolverMultistepScheduler
+    )
+    pipe.scheduler = before = cls.from_config(pipe.scheduler.config)
+    size = {"use_resolution_binning": False} if name == "pixart" else {}
+    found = calibrate_pipeline(
+        pipe, ["a cat", "a dog"], 4, samples=4, fine_steps=12, batch_size=2, rounds=1,
+        guidance_scale=3.0, **size,
+    )  # fmt: skip
+    assert type(pipe.scheduler) is cls and pipe.scheduler is not before
+    assert pipe.scheduler.correction.rank == found.choice.rank
+    unseen = {name: error["unseen"] for name, error in found.errors.items()}
+    assert unseen[found.chosen] == min(unseen.values())
+
+    def latents(scheduler, steps=4):
+        pipe.scheduler = scheduler
+        generator = [torch.Generator().manual_seed(1_000_002 + k) for k in range(2)]
+        prompts = ["a cat", "a dog"]
+        options = {"guidance_scale": 3.0, "output_type": "latent", **size}
+        return pipe(
+            prompts, num_inference_steps=steps, generator=generator, **options
+        ).images.double()
+
+    chosen = pipe.scheduler
+    fine = latents(cls.from_config(before.config, rank=0), 12)
+    error = (latents(chosen) - fine).square().mean().sqrt().item()
+    assert error == pytest.approx(unseen[found.chosen], rel=1e-3)
+
+
+def test_a_pipeline_without_latents(tiny_model):
+    pipe = DDPMPipeline.from_pretrained(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = schedulers.LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    found = calibrate_pipeline(pipe, None, 4, samples=4, fine_steps=12, batch_size=2, rounds=1)
+    assert found.errors["off"]["unseen"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"prompts": []}, "at least one is expected"),
+        ({"samples": 1}, "samples=1"),
+        ({"eta": 1.0}, "adds noise"),
+        ({"num_inference_steps": 1}, "single step"),
+    ],
+)
+def test_a_pipeline_that_can_not_be_calibrated_keeps_its_scheduler(pipelines, options, error):
+    pipe = DiffusionPipeline.from_pretrained(pipelines / "sd15")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(TypeError, match=r"not one of lml\.schedulers"):
+        calibrate_pipeline(pipe, ["a cat"])
+    pipe.scheduler = before = schedulers.LMLDDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=error):
+        calibrate_pipeline(pipe, **{"prompts": ["a cat"], "num_inference_steps": 4, **options})
+    assert pipe.scheduler is before
+
+
+# --- the script ----------------------------------------------------------------------------------
+
+SMALL = [
+    "model=gaussian",
+    "model.network.sample_size=8",
+    "solver=ddim",
+    "grid=trailing",
+    "nfe=5",
+    "threads=1",
+]
+SEARCH = ["searched=8", "unseen=8", "batch_size=4", "fine.nfe=40", "rounds=2", "progress=false"]
+
+
+def files(folder):
+    return sorted(folder.glob("outputs/calibrations/*/calibration.json"))
+
+
+def found(path) -> dict:
+    """What is the same however often it is made."""
+    left_out = ("seconds", "seal")
+    return {k: v for k, v in json.loads(path.read_text()).items() if k not in left_out}
+
+
+@pytest.fixture
+def made(script, tmp_path):
+    outcome = script("calibrate", *SMALL, *SEARCH)
+    assert outcome.code == 0, outcome.err
+    assert re.match(r"at most [\d,]+ network evaluations", outcome.err)
+    assert re.search(r"off 0\.\d+, default .* calibrated .*: calibrated; rank 1", outcome.out)
+    (path,) = files(tmp_path)
+    assert [p.name for p in path.parent.iterdir()] == ["calibration.json"]
+    return path
+
+
+def test_sample_takes_it_and_has_the_error_that_it_reports(script, made, tmp_path):
+    values = json.loads(made.read_text())
+    rmse = {}
+    for lml in ("off", "default", "calibrated"):
+        outcome = script(
+            "sample", *SMALL, f"lml={lml}", "num_images=8", "seed=1000008", "batch_size=4",
+            "metrics=[convergence]", "metrics.convergence.nfe=40", f"run_dir={tmp_path / lml}",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        results = json.loads((tmp_path / lml / "metrics.json").read_text())
+        rmse[lml] = results["convergence"]["value"]["rmse"]
+        assert rmse[lml] == pytest.approx(values["errors"][lml]["unseen"], abs=1e-4)
+    options = values["lml"]
+    explicit = [f"lml.{k}={json.dumps(options[k])}" for k in ("rank", "damping", "length")]
+    again = script(
+        "sample", *SMALL, *explicit, "num_images=8", "seed=1000008", "batch_size=4",
+        "metrics=none", f"run_dir={tmp_path / 'calibrated'}",
+    )  # fmt: skip
+    assert again.code == 0 and "all were there" in again.out  # it is the same run
+
+
+def test_it_is_the_same_each_time(script, made, tmp_path):
+    first = made.read_bytes()
+    assert script("calibrate", *SMALL, *SEARCH).code == 0
+    assert made.read_bytes() == first  # it was read
+    assert script("calibrate", *SMALL, *SEARCH, "overwrite=true").code == 0
+    values = json.loads(first)
+    values.pop("seconds"), values.pop("seal")
+    assert found(made) == values
+
+
+def test_an_interrupted_search_goes_on(script, made, tmp_path, monkeypatch):
+    from lml.calibration import script as body
+
+    whole = found(made)
+    made.unlink()
+    write, calls = body.write_json, []
+
+    def interrupted(path, value):
+        write(path, value)
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(body, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script("calibrate", *SMALL, *SEARCH)
+    monkeypatch.undo()
+    assert not made.exists() and (made.parent / "state.json").exists()
+    assert script("calibrate", *SMALL, *SEARCH).code == 0
+    again = found(made)
+    for cost in ("tries", "evaluations"):
+        assert again.pop(cost) < whole.pop(cost)
+    assert again == whole and not (made.parent / "state.json").exists()
+
+
+def test_two_processes_find_the_same(made, spawn, tmp_path):
+    whole = found(made)
+    two = spawn("calibrate", *SMALL, *SEARCH, "run_dir=two", processes=2)
+    _, err = two.communicate(timeout=180)
+    assert two.returncode == 0, err
+    assert found(tmp_path / "two/calibration.json") == whole
+
+
+def test_a_sweep_ends_with_the_best(script, tmp_path):
+    outcome = script("calibrate", "-m", *SMALL, *SEARCH, "solver=ddim,ipndm")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"best of 2 for nfe=5: solver=\w+ grid=trailing lml=\w+, 0\.", outcome.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nfe=1"], "nfe=1"),
+        (["objective=beauty"], "objective=beauty"),
+        (["ranks=[0]"], "ranks="),
+        (["solver.step.eta=1.0"], "adds noise"),
+        (["solver=dpmsolverpp", "solver.scheduler.algorithm_type=sde-dpmsolver++"], "adds noise"),
+        (["fine.solver=none"], "fine.solver=none"),
+        (["searched=0"], "searched=0"),
+        (["solver=dpmsolver_released"], "released"),
+    ],
+)
+def test_bad_input_is_one_line(script, tmp_path, arguments, message):
+    outcome = script("calibrate", *SMALL, *SEARCH, *arguments)
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err and len(outcome.err.strip().splitlines()) == 1
+    assert not files(tmp_path)
+
+
+def test_a_calibration_of_something_else_is_refused(script, made, tmp_path):
+    sample = ["sample", *SMALL, "lml=calibrated", "num_images=2", "metrics=none"]
+    for other, message in [
+        ("nfe=6", "nfe=5, not 6"),
+        ("grid=leading", "grid.timestep_spacing=trailing, not leading"),
+        ("model.network.std=0.5", "model.network.std=0.4, not 0.5"),
+    ]:
+        outcome = script(*sample, other, f"lml.calibration={made}")
+        assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1
+        assert "made for other settings" in outcome.err and message in outcome.err
+        outcome = script(*sample, other)
+        assert outcome.code == 2 and "scripts/calibrate.py" in outcome.err
+    text = made.read_text()
+    made.write_text(text.replace('"rank": 1', '"rank": 2'))
+    outcome = script(*sample)
+    assert outcome.code == 2 and "edited" in outcome.err
+    made.write_text(text[:50])
+    assert script(*sample).code == 2
+
+
+def test_what_is_in_assets_is_found(script, tmp_path):
+    """The embedded model's, by their settings."""
+    outcome = script(
+        "sample", "lml=calibrated", "nfe=5", "num_images=1", "metrics=none", "threads=1"
+    )
+    assert outcome.code == 0, outcome.err
