@@ -77,7 +77,7 @@ def calibrate_pipeline(
         return torch.as_tensor(images).float()
 
     def flat(samples: Tensor) -> Tensor:
-        return samples.flatten(1).double()
+        return samples.flatten(1)
 
     fine = type(scheduler).from_config(scheduler.config, rank=0)
     problem = Problem(

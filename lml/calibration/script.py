@@ -55,12 +55,12 @@ def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.de
     return Objective(
         "rmse",
         lambda images: _flat(images).clamp(-1, 1),
-        lambda images: _flat(pixel.to_uint8(images)) / 127.5 - 1,
+        lambda images: _flat(pixel.to_uint8(images)).float() / 127.5 - 1,
     )
 
 
 def _flat(samples: Tensor) -> Tensor:
-    return samples.flatten(1).double()
+    return samples.flatten(1)
 
 
 def check(cfg: Mapping[str, Any]) -> None:
@@ -125,7 +125,10 @@ def make_problem(
     def make(solver: SchedulerMixin, steps: int, indices: Sequence[int], **options: Any) -> Tensor:
         texts = None if prompts is None else [prompts.texts[i] for i in indices]
         seeds = [cfg["seed"] + i for i in indices]
-        images = sampler(solver, steps, seeds, texts, decode=decode, **options)
+        try:
+            images = sampler(solver, steps, seeds, texts, decode=decode, **options)
+        except FloatingPointError as error:
+            raise UserError(f"model={model.name}: {error}") from None
         return images.float()
 
     return Problem(

@@ -192,11 +192,12 @@ def memoised(network: nn.Module, memo: Memo) -> Iterator[None]:
 
 @dataclass
 class _Batch:
-    """Some samples, their fine solution and what the network answered on the last trajectory."""
+    """Some samples, what the network answered on the last trajectory, and the fine solution's
+    values, as the objective's parts have them."""
 
     indices: list[int]
     memo: Memo = field(default_factory=Memo)
-    fine: Tensor | None = None  # samples
+    fine: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Samples:
@@ -228,19 +229,24 @@ class _Samples:
         self.tell((batch.memo.evaluations - before) * len(batch.indices))
         return samples
 
+    def _solve(self, batch: _Batch) -> None:
+        p = self.problem
+        samples = p.sample(p.fine_scheduler, p.fine_steps, batch.indices)
+        self.tell(_count_steps(p.fine_scheduler, p.fine_steps) * len(batch.indices))
+        if not samples.isfinite().all():
+            raise CalibrationError("the fine solution has values that are not finite")
+        for part in ("search", "report"):
+            batch.fine[part] = _values(getattr(p.objective, part), samples)
+
     def _differences(self, choice: Choice, part: str) -> list[Tensor]:
         """Of each batch, (B K,) float64: `part` of the objective, less the fine solution's."""
         p, differences = self.problem, []
-        values = getattr(p.objective, part)
         for batch in self.batches:
-            if batch.fine is None:
-                batch.fine = p.sample(p.fine_scheduler, p.fine_steps, batch.indices)
-                self.tell(_count_steps(p.fine_scheduler, p.fine_steps) * len(batch.indices))
-                if not batch.fine.isfinite().all():
-                    raise CalibrationError("the fine solution has values that are not finite")
+            if not batch.fine:
+                self._solve(batch)
             samples = self._sample(batch, choice.apply(p.scheduler), p.steps)
-            difference = values(samples).double() - values(batch.fine).double()
-            differences.append(difference.flatten())
+            values = _values(getattr(p.objective, part), samples)
+            differences.append((values - batch.fine[part]).flatten())
         self.tries += 1
         return differences
 
@@ -260,6 +266,7 @@ class _Samples:
         sums = []
         for number, difference in enumerate(base):
             J = torch.stack([column[number] - difference for column in columns], dim=1)
+            J = J.nan_to_num(0.0, 0.0, 0.0)  # where a trajectory diverges there is no derivative
             sums.append((torch.cat([J.T @ J, (J.T @ difference)[:, None]], 1), len(difference)))
         parts = self._gather(sums)
         total = sum(part for part, _ in parts) / sum(count for _, count in parts)
@@ -270,6 +277,10 @@ class _Samples:
         shares = gather([(value.cpu(), count) for value, count in own])
         world = len(shares)
         return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+
+
+def _values(function: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    return function(samples).cpu().double()  # not all devices have float64
 
 
 def _rms(parts: list[tuple[Tensor, int]]) -> float:
