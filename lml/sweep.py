@@ -95,8 +95,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the sweep that it belongs to."""
-        return str(self.config["name"])
+        """Of the sweep that it belongs to; "" where the config is none that can be."""
+        return self.config.get("name", "")
 
     @property
     def key(self) -> tuple:
@@ -162,6 +162,7 @@ class Sweep:
         self.cells: dict[tuple, Cell] = {}
         self.first = int(os.environ.get("RANK", 0)) == 0
         self._ledgers: dict[str, Ledger] = {}
+        self._final_images = 0  # of each run at the end of a search
         self._found: dict[str, tuple] = {}
 
     def __enter__(self) -> Sweep:
@@ -225,9 +226,9 @@ class Sweep:
         return {cell.status for cell in self.cells.values()} <= {REFUSED, FAILED}
 
     def _cell(self, overrides: list[str]) -> Cell:
-        cell = Cell(overrides, config := self.compose(overrides))
+        cell = Cell(overrides, {})
         try:
-            runner.check(config)
+            cell.config = config = self.compose(overrides)
             if self.local:
                 find_device(config["device"])
             # Weights are read to know them by their hash, so once.
@@ -274,13 +275,14 @@ class Sweep:
             if (count := sum(cell.status == status for cell in cells)) and not self.trials:
                 parts.append(f"{count} {word}")
         work = [number * cell.config["nfe"] for number, cell in zip(images, todo, strict=True)]
-        line = f"{', '.join(dict.fromkeys(cell.name for cell in cells))}: {', '.join(parts)}; "
+        names = dict.fromkeys(cell.name for cell in cells if cell.config)
+        line = f"{', '.join(names) or 'sweep'}: {', '.join(parts)}; "
         if sum(work):
             line += f"to make{most}: {sum(images):,} images, {sum(work):,} evaluations, "
             line += self._duration(todo, work)
         else:
             line += f"to score: {len(todo)}" if todo else "nothing to make"
-        if self.search:
+        if self._final_images:
             line += f"; then, of the best and of lml=off, {self._final_images:,} images each"
         return line
 
@@ -384,8 +386,10 @@ class Sweep:
         return [*rest, *lml, *more, f"seed={self.search['final_seed']}"]
 
     def _check_seeds(self, cells: Sequence[Cell]) -> None:
+        cells = [cell for cell in cells if cell.config]
+        if not cells:
+            return  # nothing comes of what is refused
         final = self.compose(self._final(_split(cells[0].overrides)[0], ["lml=off"]))
-        runner.check(final)
         self._final_images = final["num_images"]
         begin, end = final["seed"], final["seed"] + final["num_images"]
         for cell in cells:
