@@ -142,9 +142,9 @@ def plain_name(name: Any, label: str) -> str:
 
 def check_path(path: str, label: str) -> None:
     """UserError, beginning with `label`, for text that no file system takes as a path."""
-    if path and _is_text(path) and len(path.encode()) <= PATH_MAX:
-        if max((len(part.encode()) for part in Path(path).parts), default=0) <= NAME_MAX:
-            return
+    whole = bool(path) and _is_text(path) and len(path.encode()) <= PATH_MAX
+    if whole and all(len(part.encode()) <= NAME_MAX for part in Path(path).parts):
+        return
     limits = f"names of at most {NAME_MAX} bytes, without control characters"
     raise UserError(f"{label}={shown(path)}: a path is asked, of {limits}")
 

@@ -32,21 +32,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import make_grid
 
-from lml import __version__
+from lml import __version__, schema
 from lml.configs import compose
 from lml.correction import METHOD_VERSION
 from lml.damping import GRIDS
 from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
 from lml.data.images import LATENTS, read
-from lml.device import use_device
-from lml.errors import UserError, nearest
+from lml.device import is_memory, use_device
+from lml.errors import UserError, first_line, nearest
 from lml.instances import check_targets
 from lml.metrics.evaluate import Context, build, check_count, check_prompts, evaluate
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
 from lml.pipelines.trajectory import Replay, Trajectory, record
 from lml.processes import gather, joined, on_first, rank_and_world
+from lml.schema import check_call
 from lml.stopwatch import Stopwatch
 from lml.store import (
     RunError,
@@ -99,27 +100,6 @@ PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra
 # --- what the user asked for -----------------------------------------------------------------
 
 
-def check(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a top-level value that is out of its range."""
-    check_whole(cfg, {"num_images": 1, "batch_size": 1, "nfe": 1, "seed": 0})
-    for key in ("compile", "channels_last", "overwrite", "progress"):
-        if not isinstance(cfg[key], bool):
-            raise UserError(f"{key}={cfg[key]}: true or false is asked")
-    if cfg["attention"] is not None and cfg["attention"] not in ATTENTION:
-        raise UserError(f"attention={cfg['attention']}: null, or one of {', '.join(ATTENTION)}")
-    if cfg["dtype"] not in DTYPES:
-        raise UserError(f"dtype={cfg['dtype']}: one of {', '.join(DTYPES)} is asked")
-
-
-def check_whole(cfg: Mapping[str, Any], lowest: Mapping[str, int]) -> None:
-    """Raise UserError for a value that is no whole number, or lower than `lowest` says."""
-    lowest = {**lowest, **({} if cfg["threads"] is None else {"threads": 1})}
-    for key, low in lowest.items():
-        value = cfg[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**62:
-            raise UserError(f"{key}={value}: a whole number of at least {low} is asked")
-
-
 def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
 
@@ -133,8 +113,10 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     try:
         cls = get_class(target)
     except Exception as error:  # Hydra wraps whatever the import raised
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"solver.scheduler._target_={target}: {reason}") from None
+    if not issubclass(cls, SchedulerMixin):
+        raise UserError(f"solver.scheduler._target_={target}: a scheduler is asked")
     if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
         kind = type(model.scheduler).__name__
         raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
@@ -144,8 +126,6 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         "lml": {k: v for k, v in cfg["lml"].items() if k != "name"},
     }
     own_grid = cfg["grid"].get(OWN_GRID, False)
-    if not isinstance(own_grid, bool):
-        raise UserError(f"grid.{OWN_GRID}={own_grid}: true or false is asked")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     for group, values in groups.items():
         for key, value in values.items():
@@ -158,10 +138,12 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
                 )
             close = nearest(key, known)
             raise UserError(f"{group}.{key}={value}: {name} has no such option; nearest: {close}")
+        check_call(cls, values, group)
     for key, value in (cfg["solver"].get("step") or {}).items():
         if key not in (taken := inspect.signature(cls.step).parameters):
             close = nearest(key, taken)
             raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
+    check_call(inspect.unwrap(cls.step), cfg["solver"].get("step") or {}, "solver.step")
     own = model.scheduler.config
     for key in NOISE_SCHEDULE:
         if own.get(key) is True and key not in known:
@@ -177,8 +159,8 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
             return cls.from_config(base, **{k: v for g in groups.values() for k, v in g.items()})
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a solver stumbles on in its options
+        reason = first_line(error)
         key = reason.split("=")[0]
         group = next((g for g, values in groups.items() if key in values), None)
         raise UserError(f"{group}.{reason}" if group else f"solver={name}: {reason}") from None
@@ -216,9 +198,8 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
         mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
         try:
             scheduler.set_timesteps(steps, **mu)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"nfe={nfe}: not for {solver} ({reason})") from None
+        except Exception as error:  # whatever a solver stumbles on in such a grid
+            raise UserError(f"nfe={nfe}: not for {solver} ({first_line(error)})") from None
         return len(scheduler.timesteps)
 
     steps = 1 + bisect.bisect_left(range(1, nfe + 1), nfe, key=evaluations)
@@ -315,7 +296,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     observer = observer or Observer()
-    check(config)
+    schema.check(config, schema.Sample)
     device = use_device(config["device"], config["threads"])
     with joined():
         check_prompts(config["metrics"], bool(config["prompts"]))
@@ -348,11 +329,11 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
 def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     """Score a run, or any folder of images (configs/evaluate.yaml), and return the JSON file."""
     config = OmegaConf.to_container(cfg, resolve=True)
+    schema.check(config, schema.Evaluate)
     observer = observer or Observer()
     run_dir, images, out = (config[key] for key in ("run_dir", "images", "out"))
     if (run_dir is None) == (images is None):
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
-    check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
     reference, again, manifest = None, None, {}
     if run_dir is not None:
@@ -608,7 +589,9 @@ class Share:
                 _loaded.clear()
                 _loaded[key] = self.model.sampler(*options)
             return _loaded[key]
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory(error):
+                raise
             raise self._out_of_memory() from None
 
     def _out_of_memory(self) -> RunError:
@@ -644,14 +627,14 @@ class Share:
             raise RunError(
                 f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
             ) from None
-        except torch.cuda.OutOfMemoryError:
-            raise self._out_of_memory() from None
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_memory(error):
+                raise self._out_of_memory() from None
             if "No available kernel" in str(error):
                 raise RunError(f"attention={name}: not for this model, type and device") from None
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
 
     def _timing(

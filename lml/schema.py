@@ -83,6 +83,25 @@ class Nothing:
     """An empty group."""
 
 
+@dataclass
+class Schedule(Made):
+    """A noise schedule."""
+
+    num_train_timesteps: Evaluations = 1000
+
+
+@dataclass
+class Exact(Made):
+    """A model whose score is known."""
+
+    sample_size: Annotated[int, Range(1, 128, "its covariance has (3 * size^2)^2 entries")] = 16
+    in_channels: Annotated[int, Range(1, 64, "its covariance is as many times larger")] = 3
+    seed: Seed = 0
+    components: Annotated[int, Range(1, 10**4, "each is held in memory")] = 1
+    rank: Annotated[int, Range(1, 10**4, "each factor is held in memory")] = 1
+    block_size: Count = 1
+
+
 # --- configs -----------------------------------------------------------------------------------
 
 
@@ -104,8 +123,8 @@ class Model(Place):
     _: dataclasses.KW_ONLY
     name: Text
     kind: Literal["pixel", "latent", "text"] = "pixel"
-    network: Made | None = None
-    scheduler: Made | None = None
+    network: Exact | None = None
+    scheduler: Schedule | None = None
     patch: Annotated[int, Range(1, 256, "no image is a multiple of as many pixels")] = 1
     sample_size: Pixels | None = None
     scaling_factor: Positive | None = None
@@ -292,22 +311,46 @@ class Timesteps:
     log_sigma_std: Annotated[float, Range(1e-3, 100)]
 
 
+Width = Annotated[int, Range(1, 2**13, "a layer has its square of weights")]
+
+
+@dataclass
+class UNet(Made):
+    """The denoiser's network."""
+
+    sample_size: Annotated[int, Range(1, 32, "CIFAR-10's images have 32 pixels")]
+    in_channels: Width
+    out_channels: Width
+    layers_per_block: Annotated[int, Range(1, 64, "each is held in memory")]
+    block_out_channels: list[Width]
+    attention_head_dim: Width | None = None
+    norm_num_groups: Width = 32
+
+
 @dataclass
 class TrainDenoiser(Train):
     """configs/train/denoiser.yaml"""
 
-    unet: Made
-    scheduler: Made
+    unet: UNet
+    scheduler: Schedule
     timesteps: Timesteps
     report_images: Annotated[int, Range(1, 10**6, "they are held in memory")]
     fd_cifar: Made
 
 
 @dataclass
+class FeatureNetwork(Made):
+    """The classifier behind FD-CIFAR."""
+
+    width: Width = 64
+    num_features: Width = 256
+
+
+@dataclass
 class TrainFeatures(Train):
     """configs/train/features.yaml"""
 
-    network: Made
+    network: FeatureNetwork
 
 
 @dataclass
@@ -436,6 +479,7 @@ class PartConfig:
     """config.json of a network, or scheduler_config.json."""
 
     _class_name: Annotated[str, Form(r"[A-Za-z_]\w*", "the name of a class")]
+    num_train_timesteps: Evaluations | None = None
 
 
 # --- checking ----------------------------------------------------------------------------------
@@ -476,7 +520,7 @@ def check_call(function: Callable, arguments: Mapping[str, Any], key: str) -> No
     """
     hints = _hints(function)
     for name, value in arguments.items():
-        hint = hints.get(name, Any)
+        hint = hints.get(str(name), Any)
         if name.startswith("_") or (isinstance(value, Mapping) and "_target_" in value):
             continue
         if problem := find(hint, value, f"{key}.{name}"):
@@ -486,17 +530,29 @@ def check_call(function: Callable, arguments: Mapping[str, Any], key: str) -> No
 @functools.cache
 def _hints(function: Callable) -> dict[str, Any]:
     """By argument; where the default is None, that is taken, too."""
+    bodies = [function]
+    if inspect.isclass(function):  # whose bases may take some of the arguments
+        bodies = [base.__init__ for base in reversed(function.__mro__) if "__init__" in vars(base)]
     try:
-        parameters = inspect.signature(function).parameters
-        body = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
-        hints = typing.get_type_hints(body, include_extras=True)
+        parameters, hints = inspect.signature(function).parameters, {}
+        for body in bodies:
+            hints |= typing.get_type_hints(inspect.unwrap(body), include_extras=True)
     except (TypeError, ValueError, NameError, AttributeError):  # of C, or not to be had
         return {}
     return {
-        name: hints[name] if parameter.default is not None else hints[name] | None
+        name: _loose(hints[name] if parameter.default is not None else hints[name] | None)
         for name, parameter in parameters.items()
         if name in hints and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
+
+
+def _loose(hint: Any) -> Any:
+    """`hint` with the types of the values that it lists: other people's lists are not complete."""
+    if typing.get_origin(hint) is Literal:
+        return Union[tuple(type(each) for each in typing.get_args(hint))]  # noqa: UP007
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(map(_loose, typing.get_args(hint)))]  # noqa: UP007
+    return hint
 
 
 @functools.cache
