@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -71,7 +72,9 @@ def main(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def script() -> None:
-            sys.exit(_run(task, config_name, makes_runs))
+            with _lasting_streams():
+                code = _run(task, config_name, makes_runs)
+            sys.exit(code)
 
         return script
 
@@ -128,6 +131,50 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
         if keep_traceback or not isinstance(error, EXPECTED):
             raise error
     return 2 if failed else 0
+
+
+class _Lasting(io.TextIOBase):
+    """A stream that goes on in silence when nobody reads it any more, as in `... | head`.
+
+    A summary that cannot be shown is no reason to end a run, or to say that it failed.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            # what is still in the buffer goes there, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Lasting, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def _interrupt(number: int, frame: object) -> None:

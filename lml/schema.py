@@ -334,7 +334,7 @@ class TrainDenoiser(Train):
     unet: UNet
     scheduler: Schedule
     timesteps: Timesteps
-    report_images: Annotated[int, Range(1, 10**6, "they are held in memory")]
+    report_images: Annotated[int, Range(2, 10**6, "they are held in memory")]
     fd_cifar: Made
 
 

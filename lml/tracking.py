@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from lml.errors import first_line
 from lml.runner import Observer
 from lml.store import RunFolder
 
@@ -106,7 +107,7 @@ class WandbLogger(Logger):
         try:
             return action(*args)
         except Exception as error:  # a logger must never stop a run
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             print(f"logger=wandb: {reason}; the run goes on without it", file=sys.stderr)
             self.run = None
 

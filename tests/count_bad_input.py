@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
+BARS = re.compile(r"[^\r\n]*\d+%\|[^\r\n]*[\r\n]*|^\n")  # of progress
 SECONDS, BYTES = 60, 12 << 30  # of a script, at most
 # What a key is set to on the command line; KEY=VALUE, but for the last.
 WORDS = {
@@ -85,12 +86,13 @@ class Outcome:
 
     def fault(self) -> str | None:
         """What is wrong with how it ended; None when nothing is."""
+        said = BARS.sub("", self.err)
         if "Traceback" in self.err:
             return "a traceback: " + self.err.strip().splitlines()[-1][:150]
         if self.code not in (0, 2):
             return f"exit code {self.code}: {self.err[-150:]!r}"
-        if self.code == 2 and (self.err.count("\n") != 1 or len(self.err) < 15):
-            return f"not one line: {self.err[:300]!r}"
+        if self.code == 2 and (said.count("\n") != 1 or len(said) < 15):
+            return f"not one line: {said[:300]!r}"
         return None
 
 
@@ -117,7 +119,7 @@ TINY_UNET = [
     "unet.up_block_types=[UpBlock2D]",
     "+unet.norm_num_groups=4",
     "unet.attention_head_dim=8",
-    "report_images=1",
+    "report_images=2",
 ]
 TRAIN = ["run_dir=run", "data.path=cifar10", "budget.images=8", "budget.batch_size=8"]
 TRAIN += ["budget.compile=false", "budget.dtype=float32", "threads=1", "device=cpu"]
@@ -146,12 +148,18 @@ COMMANDS: dict[str, list[tuple[list[str], str]]] = {
     "evaluate": [
         (["run_dir=made", "threads=1", "device=cpu", "batch_size=1", "out=out"], ""),
         (["images=made/images", "threads=1", "device=cpu", "out=out"], ""),
-        (["run_dir=made", "metrics=convergence", "metrics.convergence.nfe=2", "out=out"], "metrics."),
+        (
+            ["run_dir=made", "metrics=convergence", "metrics.convergence.nfe=2", "out=out"],
+            "metrics.",
+        ),
     ],
     "tabulate": [(["runs=runs", "out=out"], "")],
     "export": [
-        (["layout=coco_reference", "layout.images=val2014", "out=out", "prompts=coco14_30k"]
-         + ["prompts.file=captions.json", "prompts.count=1", "layout.size=8"], ""),
+        (
+            ["layout=coco_reference", "layout.images=val2014", "out=out", "prompts=coco14_30k"]
+            + ["prompts.file=captions.json", "prompts.count=1", "layout.size=8"],
+            "",
+        ),
         (["layout=t2i_compbench", "run_dir=made", "out=out"], ""),
     ],
     "train": [
@@ -159,7 +167,10 @@ COMMANDS: dict[str, list[tuple[list[str], str]]] = {
         ([*TRAIN, "train=features"], ""),
     ],
     "benchmark": [
-        (["parts=[correction,memory]", "shape=[2,3,4,4]", "ranks=[1]", "repeats=1", "threads=1"], ""),
+        (
+            ["parts=[correction,memory]", "shape=[2,3,4,4]", "ranks=[1]", "repeats=1", "threads=1"],
+            "",
+        ),
         (
             ["parts=[run,outside,fd]", "settings=[float32]", "nfe=2", "batch_size=1", "batches=1"]
             + ["fd_images=1", "model.path=model", "model.patch=1", "threads=1"],
@@ -269,6 +280,7 @@ def damages(folder: Path, names: list[str]) -> Iterator[tuple[str, Callable[[Pat
         yield f"{name}: gone", lambda root, name=name: (root / name).unlink()
         for path in places(content):
             for label, value in VALUES.items():
+
                 def change(root: Path, name=name, path=path, value=value) -> None:
                     put(root / name, path, value)
 

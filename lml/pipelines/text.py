@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lml.data.assets import locate
 from lml.data.images import read
-from lml.errors import UserError
+from lml.errors import UserError, first_line
 from lml.files import read_bytes, read_object
 from lml.instances import SCHEDULERS
 from lml.pipelines import loading
@@ -177,7 +177,7 @@ class TextSampler:
             # Such an option is diffusers' affair, and some fail in it: clip_skip does with
             # transformers 5.
             given = ", ".join(f"{key}={value}" for key, value in self.extra.items())
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"model.call: {type(self.pipe).__name__} fails with {given} ({reason})"
             ) from error
