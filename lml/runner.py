@@ -321,7 +321,9 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
     for name, config in metrics.items():
         digest = settings_hash(config)
         # What older versions of scripts/evaluate.py scored does not say how it was asked for.
-        if name not in results or results[name].get("config_sha256", digest) != digest:
+        if schema.find(schema.Score, results.get(name), name):
+            return False
+        if results[name].get("config_sha256", digest) != digest:
             return False
     return bool(folder.read_manifest().get("complete"))
 
@@ -348,7 +350,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         def again(count: int) -> Replay:
             return replay(read_made(run_dir), device, count)
 
-        manifest = read_json(Path(run_dir) / "manifest.json")
+        manifest = read_json(Path(run_dir) / "manifest.json", schema.Manifest)
         if not manifest.get("complete"):
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
@@ -377,7 +379,7 @@ def read_made(run_dir: str | Path) -> dict[str, Any]:
 
     UserError when it was edited after the run, or has things made that are none of ours.
     """
-    config = read_config(run_dir)
+    config = read_config(run_dir, schema.RunConfig)
     check_recorded(run_dir, config)
     apart = ("metrics", "logger", "provenance")
     made = {key: value for key, value in config.items() if key not in apart}

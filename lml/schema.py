@@ -445,7 +445,7 @@ class Timing:
     """timing.json of a run."""
 
     images: Count
-    images_per_second: Positive
+    images_per_second: NotNegative
     evaluations_per_image: Count
     seconds: Seconds
     processes: Count
@@ -465,6 +465,47 @@ class Score:
     steps: dict[str, list[float | None]] | None = None
     config_sha256: Sha256 | None = None
     seal: Sha256 | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that a sweep asks for, in sweep.yaml."""
+
+    overrides: list[str]
+    run: str | None  # name of its folder
+    solver: str
+    grid: str
+    lml: dict[str, Any]
+    nfe: Count
+    seed: Whole
+    num_images: Count
+    model: str
+    dtype: Dtype
+    status: Literal["done", "missing", "failed", "refused"]
+    reason: str | None
+
+
+@dataclass
+class SweepFile:
+    """sweep.yaml of a study."""
+
+    commands: list[str]
+    cells: list[Cell]
+
+
+@dataclass
+class Extractor:
+    """What made features, by name and the hash of its weights."""
+
+    name: str = ""
+    sha256: str = ""
+
+
+@dataclass
+class Statistics:
+    """The protocol in a file of reference statistics."""
+
+    extractor: Extractor | None = None
 
 
 @dataclass

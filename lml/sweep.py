@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 from lml import processes, runner
 from lml.device import find_device, use_device
 from lml.errors import UserError, nearest, say
-from lml.files import dump_yaml, load_yaml
+from lml.files import dump_yaml, read_object
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
+from lml.schema import RunConfig, Score, SweepFile, Timing
 from lml.store import canonical, disk_error, read_config, read_json, write_atomic
 
 MISSING, DONE, FAILED, REFUSED = "missing", "done", "failed", "refused"
@@ -72,7 +73,8 @@ def read_objective(cfg: Mapping[str, Any], folder: Path) -> float | None:
     if not cfg.get("sweep"):
         return None
     name, _, part = (objective := find_objective(cfg)).partition("/")
-    value = read_json(folder / "metrics.json")[name]["value"]
+    file = folder / "metrics.json"
+    value = read_object(file, dict[str, Score])[name]["value"]
     if isinstance(value, Mapping) != bool(part) or (part and part not in value):
         parts = " or ".join(f"{name}/{key}" for key in value) if isinstance(value, dict) else name
         raise UserError(f"sweep.objective={objective}: {parts} is asked")
@@ -318,11 +320,11 @@ class Sweep:
         files = Path("outputs", cell.name).glob("*/timing.json")
         rates = []
         for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-            timing = read_json(file)
+            timing = read_json(file, Timing)
             if any(timing.get(key) != value for key, value in here.items()):
                 continue
             try:
-                config = read_config(file.parent)
+                config = read_config(file.parent, RunConfig)
                 if _kind(config, config["settings"]) == kind:
                     rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
             except (UserError, KeyError):  # a folder that something else was done to
@@ -429,14 +431,12 @@ class Ledger:
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         try:
-            kept = load_yaml(self.path)
-            for cell in kept["cells"]:
-                cell["run"], cell["overrides"], cell["status"]
-            return list(kept["commands"]), kept["cells"]
+            kept = read_object(self.path, SweepFile)
+            return kept["commands"], kept["cells"]
         except FileNotFoundError:
             return [], []
-        except (OSError, ValueError, TypeError, KeyError):
-            say(f"{self.path}: not a sweep's; written anew")
+        except UserError as error:
+            say(f"{error}; not a sweep's, and written anew")
             return [], []
 
     def write(self, cells: Sequence[dict[str, Any]]) -> None:

@@ -38,10 +38,12 @@ from lml.data import cifar10
 from lml.data.statistics import make_reference
 from lml.device import use_device
 from lml.errors import UserError, first_line, nearest
+from lml.files import load_json, read_text
 from lml.instances import make
 from lml.metrics.features import FeatureNetwork
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
+from lml.schema import find
 from lml.store import RunError, disk_error
 
 SHARD = "15MB"  # small enough for git
@@ -222,11 +224,20 @@ def fit(
     return model.eval()
 
 
+def _record(line: str) -> dict[str, float]:
+    """A line of the log; {} for one that a full disk cut short."""
+    try:
+        record = load_json(line)
+    except ValueError:
+        return {}
+    return {} if find(dict[str, float | str], record, "") else record
+
+
 def draw_curve(log: Path, out: Path) -> None:
     """A PNG of what `log` reports against images seen, a panel a quantity."""
     from matplotlib.figure import Figure  # not at the top: training itself does without
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = list(filter(None, map(_record, read_text(log).splitlines())))
     known = ("held_out_loss", "fd_cifar", "test_accuracy")
     names = [name for name in known if any(name in record for record in records)]
     if not names:
