@@ -379,7 +379,7 @@ def read_made(run_dir: str | Path) -> dict[str, Any]:
 
     UserError when it was edited after the run, or has things made that are none of ours.
     """
-    config = read_config(run_dir, schema.RunConfig)
+    config = read_config(run_dir, schema.WholeRunConfig)
     check_recorded(run_dir, config)
     apart = ("metrics", "logger", "provenance")
     made = {key: value for key, value in config.items() if key not in apart}

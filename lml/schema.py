@@ -394,26 +394,29 @@ def of_script(name: str, config: Mapping[str, Any]) -> type:
 
 @dataclass
 class RunConfig:
-    """config.yaml of a run. Of older versions some keys are missing."""
+    """config.yaml of a run, as far as tables need it."""
 
     settings: dict[str, Any]
-    name: str
     num_images: Images
     seed: Whole
     nfe: Count
-    batch_size: Count
     dtype: Dtype
     model: Model
     solver: Solver
     grid: Grid
     lml: LML
-    threads: int | None = None
-    device: str = "auto"
-    attention: Attention | None = None
-    compile: bool = False
-    channels_last: bool = True
-    prompts: Made | Nothing | None = None
-    metrics: dict[str, Any] | None = None
+
+
+@dataclass
+class WholeRunConfig(RunConfig):
+    """The same, to make the run again."""
+
+    name: str
+    batch_size: Count
+    compile: bool
+    channels_last: bool
+    attention: Attention | None
+    prompts: Made | Nothing
 
 
 @dataclass
@@ -435,9 +438,6 @@ class Seconds:
     network: NotNegative
     correction: NotNegative
     solver: float
-    writing: NotNegative
-    other: float
-    total: NotNegative
 
 
 @dataclass

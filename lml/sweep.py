@@ -158,6 +158,7 @@ class Sweep:
         trials: int | None = None,
     ):
         self.compose, self.local, self.trials = compose, local, trials
+        self.base = config.get("name")
         self.search = config.get("sweep")
         self.objective = find_objective(config) if self.search else None
         self.higher_is_better = bool(self.search) and higher_is_better(self.objective)
@@ -278,7 +279,7 @@ class Sweep:
                 parts.append(f"{count} {word}")
         work = [number * cell.config["nfe"] for number, cell in zip(images, todo, strict=True)]
         names = dict.fromkeys(cell.name for cell in cells if cell.config)
-        line = f"{', '.join(names) or 'sweep'}: {', '.join(parts)}; "
+        line = f"{', '.join(names) or self.base}: {', '.join(parts)}; "
         if sum(work):
             line += f"to make{most}: {sum(images):,} images, {sum(work):,} evaluations, "
             line += self._duration(todo, work)
@@ -436,7 +437,7 @@ class Ledger:
         except FileNotFoundError:
             return [], []
         except UserError as error:
-            say(f"{error}; not a sweep's, and written anew")
+            say(f"{self.path}: not a sweep's; written anew ({str(error).partition(': ')[2]})")
             return [], []
 
     def write(self, cells: Sequence[dict[str, Any]]) -> None:

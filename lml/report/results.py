@@ -68,7 +68,7 @@ def collect(folder: Path, say: Say) -> list[Result]:
                 continue
             setting = _setting(run, read_config(run, RunConfig))
         except (OSError, UserError) as error:
-            say(f"{run}: {first_line(error)}; the run is not used")
+            say(f"{first_line(error)}; the run is not used")
             continue
         sha256 = manifest["settings_sha256"]
         timing = _read(run / "timing.json", say, Timing)
@@ -82,7 +82,7 @@ def collect(folder: Path, say: Say) -> list[Result]:
                 say(f"{run / 'metrics.json'}: {name} was edited after it was written; not used")
                 continue
             if problem := find(Score, entry, name):
-                say(f"{run / 'metrics.json'}: {name} is broken ({problem}); not used")
+                say(f"{run / 'metrics.json'}: {name} is broken; not used ({problem})")
                 continue
             values += _parts(name, entry)
         results += [Result(**setting, **value) for value in values]
@@ -96,8 +96,13 @@ def _read(path: Path, say: Say, schema: Any = None) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except UserError as error:
-        say(f"{error}; broken, not used")
+        say(f"{path}: broken; not used ({_reason(path, error)})")
         return {}
+
+
+def _reason(path: Path, error: UserError) -> str:
+    """What is wrong with a file, without its name."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,13 +187,14 @@ def _timing(timing: Mapping[str, Any], say: Say, path: Path) -> Iterator[dict[st
 
 def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
     """The commands that make the study, and its cells, from sweep.yaml; nothing without one."""
+    if not path.exists():
+        return [], []
     try:
         # not by OmegaConf, to which the name of a run may be a number: 12345e6789
         sweep = read_object(path, SweepFile)
-    except FileNotFoundError:
-        return [], []
     except UserError as error:
-        say(f"{error}; broken, not used, so that no cell is known to be missing")
+        reason = _reason(path, error)
+        say(f"{path}: broken; not used, so that no cell is known to be missing ({reason})")
         return [], []
     keys = [field.name for field in fields(Cell)]
     cells = [Cell(**{key: cell[key] for key in keys}) for cell in sweep["cells"]]
