@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -635,9 +635,24 @@ class Share:
             if "No available kernel" in str(error):
                 raise RunError(f"attention={name}: not for this model, type and device") from None
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
+                self._refuse(error)
             reason = first_line(error)
             raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        """RunError where other people's code raised it, as on a network's config; else `error`."""
+        last = error.__traceback__
+        while last.tb_next is not None:
+            last = last.tb_next
+        where = last.tb_frame.f_globals.get("__name__", "")
+        if isinstance(error, UserError) or where.partition(".")[0] == "lml":
+            raise error
+        raise RunError(
+            f"model={self.model.name}: fails in {where} ({first_line(error)}); the configs of its "
+            "parts may not be those of its weights; HYDRA_FULL_ERROR=1 shows where"
+        ) from error
 
     def _timing(
         self, watch: Stopwatch, images: int, seconds: float, guided: bool

@@ -523,6 +523,21 @@ class PartConfig:
     num_train_timesteps: Evaluations | None = None
 
 
+Layers = Annotated[int, Range(0, 1000, "each is held in memory")]
+
+
+@dataclass
+class Network:
+    """config.json of any network, whoever's format it is in: what would fill the memory."""
+
+    layers_per_block: Layers | list[Layers | list[Layers]] | None = None
+    transformer_layers_per_block: Layers | list[Layers | list[Layers]] | None = None
+    num_layers: Layers | None = None
+    num_single_layers: Layers | None = None
+    num_hidden_layers: Layers | None = None
+    num_decoder_layers: Layers | None = None
+
+
 # --- checking ----------------------------------------------------------------------------------
 
 
@@ -554,14 +569,21 @@ def check(config: Any, schema: Any, key: str = "") -> None:
         raise UserError(str(problem))
 
 
-def check_call(function: Callable, arguments: Mapping[str, Any], key: str) -> None:
+def check_call(
+    function: Callable, arguments: Mapping[str, Any], key: str, lenient: bool = False
+) -> None:
     """UserError, naming one below `key`, unless the arguments are what `function` takes.
 
-    Nested `_target_`s are what they make; names that begin with "_" are Hydra's.
+    Nested `_target_`s are what they make; names that begin with "_" are Hydra's. With `lenient`
+    None is always taken, as files of older versions have it.
     """
     hints = _hints(function)
     for name, value in arguments.items():
         hint = hints.get(str(name), Any)
+        if lenient and value is None:
+            continue
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{key}.{name}=nan: a number is asked")
         if name.startswith("_") or (isinstance(value, Mapping) and "_target_" in value):
             continue
         if problem := find(hint, value, f"{key}.{name}"):

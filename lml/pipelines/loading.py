@@ -30,7 +30,7 @@ from lml.data.assets import locate
 from lml.errors import UserError, first_line
 from lml.files import read_object, weights_hash
 from lml.instances import is_scheduler, make
-from lml.schema import PartConfig, check_call
+from lml.schema import Network, PartConfig, check_call
 
 ROOT_STEM = "diffusion_pytorch_model"  # of weights that lie in no folder of their own
 STEMS = {".safetensors": "(diffusion_pytorch_model|model)", ".bin": "(diffusion_)?pytorch_model"}
@@ -175,7 +175,7 @@ class Weights:
     @property
     def sha256(self) -> str:
         """Over the network's config and weights, wherever they lie."""
-        config = read_object(self.folder / "config.json")
+        config = read_object(self.folder / "config.json", Network)
         kept = {key: value for key, value in config.items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
         for file in self.files:
@@ -233,6 +233,8 @@ def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> n
 
     UserError when a weight is missing, left over or of another shape, or a file is broken.
     """
+    config = read_object(weights.folder / "config.json", Network)
+    check_call(cls, config, f"{key}: config.json", lenient=True)
     try:
         with quiet():
             network, report = cls.from_pretrained(
@@ -272,7 +274,7 @@ def read_scheduler(
         if not is_scheduler(home.__name__, name):
             raise ValueError(f"{name} is none of diffusers' or lml's")
         schedule = {k: v for k, v in stored.items() if k != "_diffusers_version"}
-        check_call(getattr(home, name), stored, "scheduler_config.json")
+        check_call(getattr(home, name), stored, "scheduler_config.json", lenient=True)
         with quiet():
             return getattr(home, name).from_config(stored), schedule
     except FileNotFoundError:
