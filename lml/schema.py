@@ -328,11 +328,18 @@ class UNet(Made):
 
 
 @dataclass
+class TrainingSchedule(Made):
+    """The noise schedule to train with; what training reports are images of 20 evaluations."""
+
+    num_train_timesteps: Annotated[int, Range(20, 10**6, "no training sees as many")] = 1000
+
+
+@dataclass
 class TrainDenoiser(Train):
     """configs/train/denoiser.yaml"""
 
     unet: UNet
-    scheduler: Schedule
+    scheduler: TrainingSchedule
     timesteps: Timesteps
     report_images: Annotated[int, Range(2, 10**6, "they are held in memory")]
     fd_cifar: Made

@@ -434,7 +434,10 @@ def run_denoiser(cfg: DictConfig) -> None:
         pipeline.save_pretrained(out / "model", max_shard_size=SHARD)
 
     def report(model: UNet2DModel) -> dict:
-        samples = sample(model, scheduler, patch, cfg.report_images)
+        try:
+            samples = sample(model, scheduler, patch, cfg.report_images)
+        except FloatingPointError as error:
+            raise RunError(f"scheduler: no images come of it ({error})") from None
         (out / "grids").mkdir(exist_ok=True)
         name = f"{len(list((out / 'grids').iterdir())):04d}.png"
         save_image(samples[:64] / 2 + 0.5, out / "grids" / name, nrow=8, padding=2)

@@ -112,6 +112,7 @@ class Case:
 
 SMALL = ["num_images=1", "batch_size=1", "nfe=2", "threads=1", "device=cpu", "metrics=none"]
 PATCH = ["model.path=model", "model.patch=1"]
+PIPE = ["model=sd15", "model.path=pipe", "prompts=text", "prompts.file=prompts.txt"]
 TINY_UNET = [
     "unet.layers_per_block=1",
     "unet.block_out_channels=[16]",
@@ -124,7 +125,7 @@ TINY_UNET = [
 TRAIN = ["run_dir=run", "data.path=cifar10", "budget.images=8", "budget.batch_size=8"]
 TRAIN += ["budget.compile=false", "budget.dtype=float32", "threads=1", "device=cpu"]
 # By script: arguments that are well, around which one is bad, and the keys that are tried there.
-COMMANDS: dict[str, list[tuple[list[str], str]]] = {
+COMMANDS: dict[str, list[tuple[list[str], str | tuple[str, ...]]]] = {
     "sample": [
         ([*SMALL, *PATCH, "run_dir=run"], ""),
         ([*SMALL, "model=gaussian", "model.network.sample_size=4", "run_dir=run"], "model."),
@@ -134,13 +135,25 @@ COMMANDS: dict[str, list[tuple[list[str], str]]] = {
         ([*SMALL, *PATCH, "run_dir=run", "logger=wandb", "logger.mode=disabled"], "logger."),
         ([*SMALL, *PATCH, "solver=ddim", "grid=trailing", "run_dir=run"], "solver."),
         (
-            [*SMALL, "model=sd15", "model.path=pipe", "prompts=text", "prompts.file=prompts.txt"]
-            + ["run_dir=run"],
+            [
+                *SMALL,
+                "model=sd15",
+                "model.path=pipe",
+                "prompts=text",
+                "prompts.file=prompts.txt",
+                "run_dir=run",
+            ],
             "model.",
         ),
         (
-            [*SMALL, "model=sd15", "model.path=pipe", "prompts=text", "prompts.file=prompts.txt"]
-            + ["run_dir=run"],
+            [
+                *SMALL,
+                "model=sd15",
+                "model.path=pipe",
+                "prompts=text",
+                "prompts.file=prompts.txt",
+                "run_dir=run",
+            ],
             "prompts.",
         ),
         ([*SMALL, "model=celebahq_ldm", "model.path=latent", "run_dir=run"], "model."),
@@ -153,11 +166,18 @@ COMMANDS: dict[str, list[tuple[list[str], str]]] = {
             "metrics.",
         ),
     ],
-    "tabulate": [(["runs=runs", "out=out"], "")],
+    "tabulate": [(["runs=runs", "out=out"], ("name", "runs", "out", "show"))],  # sample's beside
     "export": [
         (
-            ["layout=coco_reference", "layout.images=val2014", "out=out", "prompts=coco14_30k"]
-            + ["prompts.file=captions.json", "prompts.count=1", "layout.size=8"],
+            [
+                "layout=coco_reference",
+                "layout.images=val2014",
+                "out=out",
+                "prompts=coco14_30k",
+                "prompts.file=captions.json",
+                "prompts.count=1",
+                "layout.size=8",
+            ],
             "",
         ),
         (["layout=t2i_compbench", "run_dir=made", "out=out"], ""),
@@ -172,8 +192,17 @@ COMMANDS: dict[str, list[tuple[list[str], str]]] = {
             "",
         ),
         (
-            ["parts=[run,outside,fd]", "settings=[float32]", "nfe=2", "batch_size=1", "batches=1"]
-            + ["fd_images=1", "model.path=model", "model.patch=1", "threads=1"],
+            [
+                "parts=[run,outside,fd]",
+                "settings=[float32]",
+                "nfe=2",
+                "batch_size=1",
+                "batches=1",
+                "fd_images=1",
+                "model.path=model",
+                "model.patch=1",
+                "threads=1",
+            ],
             "",
         ),
     ],
@@ -297,8 +326,7 @@ def models(workshop: Path) -> Iterator[Case]:
     for name, damage in damages(workshop / "latent", ["vqvae/config.json"]):
         inside = lambda folder, damage=damage: damage(folder / "latent")  # noqa: E731
         yield Case("models", "sample", arguments, f"latent/{name}", inside)
-    arguments = [*SMALL, "model=sd15", "model.path=pipe", "prompts=text", "run_dir=run"]
-    arguments += ["prompts.file=prompts.txt"]
+    arguments = [*SMALL, *PIPE, "run_dir=run"]
     parts = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"]
     for name, damage in damages(workshop / "pipe", parts):
         inside = lambda folder, damage=damage: damage(folder / "pipe")  # noqa: E731
@@ -307,8 +335,14 @@ def models(workshop: Path) -> Iterator[Case]:
 
 USES = {
     "tabulate": ["runs=runs", "out=out"],
-    "evaluate": ["run_dir=runs/a", "metrics=[convergence,correction_cosine]", "threads=1"]
-    + ["device=cpu", "metrics.convergence.nfe=2", "batch_size=1"],
+    "evaluate": [
+        "run_dir=runs/a",
+        "metrics=[convergence,correction_cosine]",
+        "threads=1",
+        "device=cpu",
+        "metrics.convergence.nfe=2",
+        "batch_size=1",
+    ],
     "sample": [*SMALL, *PATCH, "run_dir=runs/a", "metrics=lpips_diversity"],
     "export": ["layout=t2i_compbench", "run_dir=runs/a", "out=out"],
 }
@@ -347,8 +381,7 @@ def run(script: str, arguments: list[str], folder: Path, log: Path) -> Outcome:
             os.chdir(folder)
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout = open(1, "w", closefd=False)
-            sys.stderr = open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             path = ROOT / "scripts" / f"{script}.py"
@@ -434,15 +467,22 @@ def furnish(workshop: Path) -> None:
         np.save(workshop / f"cifar10/{split}_labels.npy", np.arange(count, dtype=np.uint8) % 10)
     log = workshop / "log"
     log.mkdir()
-    tiny = [*SMALL, *PATCH, "metrics=lpips_diversity", "num_images=2"]
     tiny = [*SMALL, *PATCH, "metrics=convergence", "metrics.convergence.nfe=3"]
     for outcome in (
         run("sample", [*tiny, "run_dir=runs/b", "seed=1"], workshop, log),
         run("sample", [*tiny, "-m", "name=runs", "nfe=2"], workshop, log),
         run(
             "sample",
-            [*SMALL, "model=sd15", "model.path=pipe", "prompts=t2i_compbench", "run_dir=made"]
-            + ["prompts.path=t2i", "prompts.categories=[color]", "prompts.samples_per_prompt=1"],
+            [
+                *SMALL,
+                "model=sd15",
+                "model.path=pipe",
+                "prompts=t2i_compbench",
+                "run_dir=made",
+                "prompts.path=t2i",
+                "prompts.categories=[color]",
+                "prompts.samples_per_prompt=1",
+            ],
             t2i(workshop),
             log,
         ),
