@@ -45,6 +45,20 @@ VALUES = {
     "batch_size=0": "batch_size=0.*at least 1",
     "seed=-1": "seed=-1.*at least 0",
     "threads=0": "threads=0.*at least 1",
+    "threads=100000000": "threads=100000000.* to 1024 .of more the system starts none",
+    "num_images=1000000000000": "num_images=1000000000000.* to 10000000 .a run's files",
+    "model.sample_size=1000000": "model.sample_size=1000000.* to 16384 .a larger image",
+    "~nfe": "nfe: missing; a whole number",
+    "~threads": "threads: missing; null or a whole number",
+    "solver.scheduler=null": "solver.scheduler=null: a group with a _target_",
+    "solver=ddim solver.step.eta=null": "solver.step.eta=null: a number",
+    "solver.scheduler._target_=0.5": "solver.scheduler._target_=0.5: the dotted name",
+    "model.scheduler=[a]": "model.scheduler=.*: null or a group with a _target_",
+    "+model.scheduler._target_=builtins.dict": "_target_=builtins.dict: a scheduler is",
+    "reference={a:1}": "reference={.*}: a path is asked",
+    "attention={a:1}": "attention={.*}: null or one of math",
+    "name=a/b": "name=a/b: a name without /",
+    "name=5": "name=5: a name",
     f"device={ABSENT}": f"device={ABSENT}.*auto.*cpu",
     "device=gpu": "device=gpu.*auto.*cpu",
     "device=meta": "device=meta.*auto.*cpu",
@@ -93,6 +107,9 @@ VALUES = {
         "metrics.convergence.solver=dimm: unknown; nearest: ddim"
     ),
 }
+
+VALUES["name=" + 300 * "x"] = "name=x+...: a name"
+VALUES["reference=" + 300 * "x"] = "reference=x+...: a path is asked, of names of at most 255 bytes"
 
 
 def one_line(outcome, pattern: str) -> None:
