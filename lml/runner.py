@@ -379,11 +379,12 @@ def read_made(run_dir: str | Path) -> dict[str, Any]:
 
     UserError when it was edited after the run, or has things made that are none of ours.
     """
-    config = read_config(run_dir, schema.WholeRunConfig)
+    config = read_config(run_dir)
     check_recorded(run_dir, config)
     apart = ("metrics", "logger", "provenance")
     made = {key: value for key, value in config.items() if key not in apart}
     check_targets(made, f"run_dir={run_dir}")
+    schema.check(made, schema.WholeRunConfig, f"run_dir={run_dir}: config.yaml")
     return {**made, "run_dir": run_dir}
 
 

@@ -535,7 +535,7 @@ Layers = Annotated[int, Range(0, 1000, "each is held in memory")]
 
 @dataclass
 class Network:
-    """config.json of any network, whoever's format it is in: what would fill the memory."""
+    """config.json of a network, in anybody's format: what would fill the memory."""
 
     layers_per_block: Layers | list[Layers | list[Layers]] | None = None
     transformer_layers_per_block: Layers | list[Layers | list[Layers]] | None = None

@@ -152,6 +152,17 @@ def test_a_file_that_is_not_as_it_should_be(tmp_path, name, content, line):
     assert "\n" not in str(error.value)
 
 
+def test_files_are_read_in_one_way():
+    """What else parses text parses what is in a table's row, or in a line of a file."""
+    package = Path(runner.__file__).parent
+    parsing = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if any(call in file.read_text() for call in ("json.load(", "yaml.load(", "json.loads("))
+    }
+    assert parsing == {"files.py", "report/figures.py", "report/labels.py", "report/text.py"}
+
+
 def test_what_is_deep_but_not_too_deep():
     assert load_json(DEPTH // 2 * "[" + DEPTH // 2 * "]")
 
