@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import logging
 import os
 import re
@@ -133,7 +132,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
     return 2 if failed else 0
 
 
-class _Lasting(io.TextIOBase):
+class _Lasting:
     """A stream that goes on in silence when nobody reads it any more, as in `... | head`.
 
     A summary that cannot be shown is no reason to end a run, or to say that it failed.
@@ -151,12 +150,6 @@ class _Lasting(io.TextIOBase):
 
     def flush(self) -> None:
         self._try(self.stream.flush)
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:
