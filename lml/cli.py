@@ -486,6 +486,8 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
 def explain(error: Exception) -> str:
     """One line: the key, the value and what is allowed, from whatever Hydra or OmegaConf raised."""
     text, cause = str(error), error.__cause__
+    if isinstance(error, UserError):  # whose paths may have a line's end in them
+        return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     if match := re.search(r"Could not (?:find|load) '(.+)/(.+)'", text):
         group, option = match.groups()
         if group in ("hydra/launcher", "hydra/sweeper") and option in EXTRAS:

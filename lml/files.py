@@ -142,11 +142,13 @@ def plain_name(name: Any, label: str) -> str:
 
 def check_path(path: str, label: str) -> None:
     """UserError, beginning with `label`, for text that no file system takes as a path."""
-    whole = bool(path) and _is_text(path) and len(path.encode()) <= PATH_MAX
-    if whole and all(len(part.encode()) <= NAME_MAX for part in Path(path).parts):
+    whole = bool(path) and "\0" not in path and len(path.encode(errors="surrogatepass")) <= PATH_MAX
+    if whole and all(
+        len(part.encode(errors="surrogatepass")) <= NAME_MAX for part in Path(path).parts
+    ):
         return
-    limits = f"names of at most {NAME_MAX} bytes, without control characters"
-    raise UserError(f"{label}={shown(path)}: a path is asked, of {limits}")
+    limits = f"of names of at most {NAME_MAX} bytes"
+    raise UserError(f"{label}={shown(path)}: a path is asked, {limits}")
 
 
 def file_hash(path: Path) -> str:

@@ -59,10 +59,13 @@ Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
 Text = Annotated[str, Form(r"[^\x00-\x1f\x7f\ud800-\udfff]+", "text on one line")]
-# lml.files.plain_name says more; what is made of it is a folder under outputs/
+# Of a folder under outputs/, which it does not lead out of.
 Name = Annotated[
-    str, Form(r"(?!\.\.?$)[^\x00-\x1f\x7f\ud800-\udfff/\\]{1,200}", "a name without / or \\")
+    str,
+    Form(r"(?!/|(.*/)?\.\.?(/|$))[^\x00-\x1f\x7f\ud800-\udfff\\]{1,200}", "a folder's name"),
 ]
+# lml.files.check_path says more.
+FilePath = Annotated[str, Form(r"[^\x00\ud800-\udfff]+", "a path")]
 Target = Annotated[
     str, Form(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", "the dotted name of a class or function")
 ]
@@ -109,7 +112,7 @@ class Exact(Made):
 class Place:
     """Where a network's files lie."""
 
-    path: Text | None = None
+    path: FilePath | None = None
     hub_id: Text | None = None
     revision: Text | None = None
     variant: Text | None = None
@@ -136,7 +139,7 @@ class Model(Place):
     cpu_offload: bool = False
     slicing: bool = False
     controlnet: Place | None = None
-    control_image: Text | None = None
+    control_image: FilePath | None = None
 
 
 @dataclass
@@ -178,7 +181,7 @@ class Logger:
     name: Literal["none", "wandb"]
     project: Text | None = None
     entity: Text | None = None
-    mode: Literal["auto", "online", "offline", "disabled", "shared"] = "auto"
+    mode: Text = "auto"  # wandb knows which there are
     group: Text | None = None
     tags: list[Text] | None = None
 
@@ -216,10 +219,10 @@ class Sample(Searching):
     channels_last: bool
     attention: Attention | None
     threads: Threads | None
-    run_dir: Text | None
+    run_dir: FilePath | None
     overwrite: bool
     progress: bool
-    reference: Text | None
+    reference: FilePath | None
     prompts: Made | Nothing
     model: Model
     solver: Solver
@@ -233,10 +236,10 @@ class Sample(Searching):
 class Evaluate:
     """configs/evaluate.yaml"""
 
-    run_dir: Text | None
-    images: Text | None
-    reference: Text | None
-    out: Text | None
+    run_dir: FilePath | None
+    images: FilePath | None
+    reference: FilePath | None
+    out: FilePath | None
     batch_size: Batch
     device: Text
     threads: Threads | None
@@ -249,8 +252,8 @@ class Tabulate:
     """configs/tabulate.yaml, of which the rest is configs/sample.yaml and is not used."""
 
     name: Name
-    runs: Text | None
-    out: Text | None
+    runs: FilePath | None
+    out: FilePath | None
     show: list[Text] | Text | None
 
 
@@ -259,8 +262,8 @@ class Export:
     """configs/export.yaml"""
 
     layout: Made
-    run_dir: Text | None
-    out: Text
+    run_dir: FilePath | None
+    out: FilePath
     prompts: Made | Nothing
 
 
@@ -286,7 +289,7 @@ class Budget:
 class Data:
     """Where CIFAR-10 lies."""
 
-    path: Text | None
+    path: FilePath | None
     download: bool
 
 
@@ -295,7 +298,7 @@ class Train:
     """configs/train.yaml"""
 
     task: Literal["denoiser", "features"]
-    run_dir: Text
+    run_dir: FilePath
     device: Text
     threads: Threads | None
     data: Data
@@ -366,7 +369,7 @@ class Benchmark:
 
     parts: list[Literal["correction", "memory", "run", "outside", "fd", "pipelines", "evaluators"]]
     threads: Threads | None
-    out: Text | None
+    out: FilePath | None
     shape: list[Annotated[int, Range(1, 2**20, "tensors of it are held in memory")]]
     ranks: list[Annotated[int, Range(1, 64, "as many tensors are held in memory")]]
     repeats: Annotated[int, Range(1, 10**6)]
@@ -730,7 +733,7 @@ def ask(hint: Any, value: Any) -> str:
     if origin is Literal:
         words = [str(each) for each in arguments]
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
-    if hint is Made:
+    if inspect.isclass(hint) and issubclass(hint, Made):
         return "a group with a _target_"
     if hint is Nothing:
         return "an empty group"

@@ -57,8 +57,8 @@ VALUES = {
     "+model.scheduler._target_=builtins.dict": "_target_=builtins.dict: a scheduler is",
     "reference={a:1}": "reference={.*}: a path is asked",
     "attention={a:1}": "attention={.*}: null or one of math",
-    "name=a/b": "name=a/b: a name without /",
-    "name=5": "name=5: a name",
+    "name=a/../b": "name=a/../b: a folder's name",
+    "name=5": "name=5: a folder's name",
     f"device={ABSENT}": f"device={ABSENT}.*auto.*cpu",
     "device=gpu": "device=gpu.*auto.*cpu",
     "device=meta": "device=meta.*auto.*cpu",
@@ -108,7 +108,7 @@ VALUES = {
     ),
 }
 
-VALUES["name=" + 300 * "x"] = "name=x+...: a name"
+VALUES["name=" + 300 * "x"] = "name=x+...: a folder's name"
 VALUES["reference=" + 300 * "x"] = "reference=x+...: a path is asked, of names of at most 255 bytes"
 
 

@@ -65,7 +65,7 @@ REFUSED = {
     "threads": (10**8, "1024 (of more the system starts none, and the process ends)"),
     "nfe": (True, "nfe=True: a whole number of at least 1 is asked"),
     "seed": (2.0, "seed=2.0: a whole number of at least 0 is asked"),
-    "name": ("a/b", "name=a/b: a name without / or \\ is asked"),
+    "name": ("../b", "name=../b: a folder's name is asked"),
     "dtype": (None, "dtype=null: one of float32"),
     "compile": (1, "compile=1: true or false is asked"),
     "metrics": ({"fd": 3}, "metrics.fd=3: a group with a _target_ is asked"),
@@ -73,7 +73,7 @@ REFUSED = {
     "solver": ({"name": "x", "scheduler": None}, "solver.scheduler=null: a group with"),
     "device": ("a\nb", r"device='a\nb': text on one line is asked"),
     "show": (["a", 3], "show[1]=3: text on one line is asked"),
-    "run_dir": ("x" * 5000 + "\n", "xxx...: null or text on one line is asked"),
+    "run_dir": ("x" * 5000 + "\0", "xxx...: null or a path is asked"),
 }
 
 
@@ -167,11 +167,21 @@ def test_what_is_deep_but_not_too_deep():
     assert load_json(DEPTH // 2 * "[" + DEPTH // 2 * "]")
 
 
-@pytest.mark.parametrize("path", ["", "a\nb", "x" * 256, "a/" + "ä" * 128, "a/" * 2000, "\0"])
+@pytest.mark.parametrize("path", ["", "x" * 256, "a/" + "ä" * 128, "a/" * 2000, "\0"])
 def test_paths_that_no_file_has(path):
     with pytest.raises(UserError, match=r"key=.*: a path is asked"):
         check_path(path, "key")
-    check_path("a/" + "x" * 255, "key")
+    check_path("a\nb/" + "x" * 255, "key")
+
+
+@pytest.mark.parametrize("name", ["~/x", "a", "a.b", "...", ".a", "a/..b", "データ"])
+def test_names_of_folders(name):
+    assert schema.find(schema.Name, name, "name") is None
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/..", "a/../b", "./a", "/a", "a\nb", "\0", 5])
+def test_names_that_lead_elsewhere(name):
+    assert schema.find(schema.Name, name, "name")
 
 
 # --- the command line --------------------------------------------------------------------------
