@@ -23,7 +23,7 @@ from lml.errors import UserError
 from lml.files import NAME_MAX, file_hash, plain_name
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
-from lml.schema import Manifest, RunConfig
+from lml.schema import RunConfig, check
 from lml.store import (
     canonical,
     check_output,
@@ -78,12 +78,17 @@ class T2ICompBench:
         """Link the images of the run; those that are there already stay."""
         if run_dir is None:
             raise UserError("run_dir=null: layout=t2i_compbench takes the images of a run")
-        manifest = read_json(run_dir / "manifest.json", Manifest)
+        manifest = read_json(run_dir / "manifest.json")
         if not manifest.get("complete"):
             raise UserError(f"run_dir={run_dir}: not complete; finish the run")
         if "category" not in prompts.entries[0]:
             raise UserError(f"run_dir={run_dir}: not made from prompts=t2i_compbench")
-        config = read_config(run_dir, RunConfig)
+        config = read_config(run_dir)
+        for key, given in (("model", self.model), ("solver", self.sampler)):
+            part = config.get(key)
+            name = part.get("name") if isinstance(part, dict) else part
+            plain_name(given or name, f"run_dir={run_dir}: config.yaml: {key}.name")
+        check(config, RunConfig, f"run_dir={run_dir}: config.yaml")
         model = self.model or config["model"]["name"]
         sampler = self.sampler or _name_sampler(config)
         for key, name in (("model", model), ("sampler", sampler)):
