@@ -125,6 +125,7 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         "grid": {k: v for k, v in cfg["grid"].items() if k not in ("name", OWN_GRID)},
         "lml": {k: v for k, v in cfg["lml"].items() if k != "name"},
     }
+    schema.check(cfg["grid"], schema.Grid, "grid")
     own_grid = cfg["grid"].get(OWN_GRID, False)
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     for group, values in groups.items():

@@ -714,11 +714,8 @@ def _find_in_schema(schema: type, value: Any, key: str) -> Problem | None:
 def _obeys(value: Any, rule: Range | Form) -> bool:
     if isinstance(rule, Form):
         return re.fullmatch(rule.expression, value) is not None
-    return (
-        (rule.low < value if rule.above else rule.low <= value)
-        and value <= rule.high
-        and (math.isfinite(value))
-    )
+    within = rule.low < value if rule.above else rule.low <= value
+    return within and value <= rule.high and abs(value) < math.inf
 
 
 def ask(hint: Any, value: Any) -> str:
