@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from collections.abc import Mapping
@@ -48,16 +49,17 @@ def make(config: Mapping[str, Any], label: str) -> Any:
 
 
 def check_arguments(config: Any, key: str) -> None:
-    """UserError, naming a key below `key`, for an argument of another type than a `_target_` takes.
-
-    HydraException where there is no such target.
-    """
+    """UserError, naming a key below `key`, for an argument of a type that a `_target_` won't take."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             check_arguments(value, f"{key}.{name}")
         if "_target_" in config:
             check(config, Made, key)
-            check_call(get_object(config["_target_"]), config, key)
+            target = None
+            with contextlib.suppress(Exception):  # whatever an import raises; Hydra will say it
+                target = get_object(config["_target_"])
+            if callable(target):
+                check_call(target, config, key)
     elif isinstance(config, list):
         for number, value in enumerate(config):
             check_arguments(value, f"{key}[{number}]")

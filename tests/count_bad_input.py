@@ -34,6 +34,7 @@ SECONDS, BYTES = 60, 12 << 30  # of a script, at most
 # What a key is set to on the command line; KEY=VALUE, but for the last.
 WORDS = {
     "text": "{key}=abc",
+    "nothing of ours": "{key}=lml.metrics.nothing",
     "number": "{key}=5",
     "real": "{key}=0.5",
     "flag": "{key}=true",
