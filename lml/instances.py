@@ -49,7 +49,7 @@ def make(config: Mapping[str, Any], label: str) -> Any:
 
 
 def check_arguments(config: Any, key: str) -> None:
-    """UserError, naming a key below `key`, for an argument of a type that a `_target_` won't take."""
+    """UserError, naming a key below `key`, for an argument of a type that is not taken."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             check_arguments(value, f"{key}.{name}")
