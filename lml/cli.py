@@ -39,8 +39,8 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 # Keys whose values are paths. Of some the place counts: budget.images is a number.
 PATHS = re.compile(
-    r"run_dir|runs|out|images|layout\.images|lml\.calibration|metrics\.[^.]+\.model"
-    r"|(.+\.)?(control_image|features|file|path|reference|tokenizer|weights)"
+    r"run_dir|runs|out|images|layout\.images|metrics\.[^.]+\.model"
+    r"|(.+\.)?(calibration|control_image|features|file|path|reference|tokenizer|weights)"
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What is said in one line.
@@ -365,6 +365,8 @@ class _Sweeper:
                 if isinstance(error, UserError) or not self.cells.are_lost:
                     raise
             except OSError as error:  # Hydra writes a file of its own there
+                if isinstance(error, HydraException):  # what it does not find is an OSError, too
+                    raise
                 reason = error.strerror or first_line(error)
                 raise UserError(
                     f"hydra.sweep.dir={folder}: {reason}; a writable folder is asked"

@@ -506,7 +506,7 @@ class Timing:
     processes: Count
     threads: Count
     device: str
-    seal: Sha256 | None = None
+    seal: Any = None  # lml.store.why_not_sealed says what it thinks of it
 
 
 @dataclass
@@ -519,7 +519,7 @@ class Score:
     seconds: float = 0.0
     steps: dict[str, list[float | None]] | None = None
     config_sha256: Sha256 | None = None
-    seal: Sha256 | None = None
+    seal: Any = None  # lml.store.why_not_sealed says what it thinks of it
 
 
 @dataclass(frozen=True)
@@ -573,7 +573,7 @@ class CalibrationFile:
     chosen: Literal["off", "default", "calibrated"]
     calibrated: LML
     errors: Errors
-    seal: Sha256
+    seal: Any = None
 
 
 @dataclass
@@ -594,7 +594,7 @@ class CalibrationState:
 
     of: dict[str, Any]
     ranks: list[SearchState]
-    seal: Sha256
+    seal: Any = None
 
 
 @dataclass

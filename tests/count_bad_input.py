@@ -1,7 +1,7 @@
-"""How many bad inputs end in one line: `python tests/count_bad_input.py [script|models|runs ...]`.
+"""How many bad inputs end in one line: `python tests/count_bad_input.py [GROUP ...]`.
 
-Every key of every script, every value in the JSON files of model folders, and every value in the
-files of run folders becomes what it should not be, one at a time, and the script is run on that, in
+A group is a script, models, runs or calibrations. Every key of every script, every value in the
+JSON files of model folders, and every value in the files of run folders and calibrations becomes what it should not be, one at a time, and the script is run on that, in
 a process of its own with little memory and time. It ends well with exit code 0, or with exit code 2
 and one line that says something; never with a traceback, and no new file beside what was asked for.
 Prints how many did, and those that didn't. `--every N` takes each Nth case alone.
@@ -114,6 +114,8 @@ class Case:
 SMALL = ["num_images=1", "batch_size=1", "nfe=2", "threads=1", "device=cpu", "metrics=none"]
 PATCH = ["model.path=model", "model.patch=1"]
 PIPE = ["model=sd15", "model.path=pipe", "prompts=text", "prompts.file=prompts.txt"]
+LOOKED_UP = [*SMALL, "model=gaussian", "model.network.sample_size=4", "solver=ddim"]
+LOOKED_UP += ["lml=calibrated", "lml.calibration=calibration"]
 TINY_UNET = [
     "unet.layers_per_block=1",
     "unet.block_out_channels=[16]",
@@ -125,6 +127,9 @@ TINY_UNET = [
 ]
 TRAIN = ["run_dir=run", "data.path=cifar10", "budget.images=8", "budget.batch_size=8"]
 TRAIN += ["budget.compile=false", "budget.dtype=float32", "threads=1", "device=cpu"]
+SHORT = ["nfe=2", "fine.nfe=2", "searched=1", "unseen=1", "ranks=[1]", "rounds=1", "batch_size=1"]
+SHORT += ["threads=1", "device=cpu", "solver=ddim", "progress=false"]
+GAUSSIAN = ["model=gaussian", "model.network.sample_size=4"]
 # By script: arguments that are well, around which one is bad, and the keys that are tried there.
 COMMANDS: dict[str, list[tuple[list[str], str | tuple[str, ...]]]] = {
     "sample": [
@@ -158,6 +163,15 @@ COMMANDS: dict[str, list[tuple[list[str], str | tuple[str, ...]]]] = {
             "prompts.",
         ),
         ([*SMALL, "model=celebahq_ldm", "model.path=latent", "run_dir=run"], "model."),
+        ([*LOOKED_UP, "run_dir=run"], "lml."),
+    ],
+    "calibrate": [
+        ([*SHORT, *GAUSSIAN, "run_dir=run"], ""),
+        (
+            [*SHORT, *PATCH, "run_dir=run", "objective=features"],
+            ("extractor", "objective", "model"),
+        ),
+        ([*SHORT, *PIPE, "run_dir=run"], ("attention", "prompts", "model", "dtype")),
     ],
     "evaluate": [
         (["run_dir=made", "threads=1", "device=cpu", "batch_size=1", "out=out"], ""),
@@ -222,6 +236,21 @@ LINES: dict[str, list[list[str]]] = {
         [*SMALL, *PATCH, "-m", "nfe=2,abc", "name=x"],
         [*SMALL, *PATCH, "-m", "seed=0,[a]", "name=x"],
         ["-m", "sweep=damping_rank", "metrics=[]"],
+        [*LOOKED_UP, "run_dir=run", "nfe=3"],
+    ],
+    "calibrate": [
+        [*SHORT, *GAUSSIAN, "run_dir=run", "ranks=[]"],
+        [*SHORT, *GAUSSIAN, "run_dir=run", "ranks=[1,1]"],
+        [*SHORT, *GAUSSIAN, "run_dir=run", "nfe=1"],
+        [*SHORT, *GAUSSIAN, "run_dir=made/images"],
+        [*SHORT, *GAUSSIAN, "run_dir=prompts.txt"],
+        [*SHORT, *GAUSSIAN, "run_dir=run", "+solver.step.eta=1"],
+        [*SHORT, *GAUSSIAN, "run_dir=run", "lml=calibrated"],
+        [*SHORT, *GAUSSIAN, "run_dir=run", "fine.solver=../lml/off"],
+        [*SHORT, *GAUSSIAN, "run_dir=run", "objective=features", "dtype=float64"],
+        [*SHORT, *GAUSSIAN, "-m", "nfe=2,abc", "run_dir=run"],
+        [*SHORT, *PIPE, "attention=cudnn", "run_dir=run"],
+        [*SHORT, *PATCH, "attention=efficient", "run_dir=run"],
     ],
 }
 
@@ -370,6 +399,36 @@ def runs(workshop: Path) -> Iterator[Case]:
         yield Case("runs", "tabulate", USES["tabulate"], f"tabulate: {name}", inside)
 
 
+def calibrations(workshop: Path) -> Iterator[Case]:
+    """Calibrations, and searches that were interrupted, that are damaged; some sealed anew."""
+    uses = {
+        "calibration/calibration.json": (
+            ("sample", [*LOOKED_UP, "run_dir=run"]),
+            ("calibrate", [*SHORT, *GAUSSIAN, "run_dir=calibration"]),
+        ),
+        "begun/state.json": (("calibrate", [*SHORT, *GAUSSIAN, "run_dir=begun"]),),
+    }
+    for place, scripts in uses.items():
+        for name, damage in damages(workshop, [place]):
+
+            def forged(folder: Path, damage=damage, place=place) -> None:
+                damage(folder)
+                with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+                    seal(folder / place)
+
+            for script, arguments in scripts:
+                yield Case("calibrations", script, arguments, f"{script}: {name}", damage)
+                yield Case("calibrations", script, arguments, f"{script}: {name}, sealed", forged)
+
+
+def seal(file: Path) -> None:
+    """Give a calibration's file the seal of what it holds."""
+    from lml.store import sealed
+
+    owner = "calibration" if file.name == "calibration.json" else file.name
+    file.write_text(json.dumps(sealed(json.loads(file.read_text()), owner)))
+
+
 # --- running -----------------------------------------------------------------------------------
 
 
@@ -489,6 +548,15 @@ def furnish(workshop: Path) -> None:
         ),
     ):
         assert outcome.code == 0, outcome.err
+    calibrate = [*SHORT, *GAUSSIAN, "run_dir=calibration"]
+    outcome = run("calibrate", calibrate, workshop, log)
+    assert outcome.code == 0, outcome.err
+    found = json.loads((workshop / "calibration/calibration.json").read_text())
+    (workshop / "begun").mkdir()
+    state = {"rank": 1, "c": [0.5], "error": 1.0, "mu": 0.01, "rounds": 0, "is_done": False}
+    of = {key: found[key] for key in ("settings", "protocol")}
+    (workshop / "begun/state.json").write_text(json.dumps({"of": of, "ranks": [state]}))
+    seal(workshop / "begun/state.json")
     (made,) = (workshop / "outputs/runs").glob("*/config.yaml")
     made.parent.rename(workshop / "runs/a")
     (workshop / "outputs/runs/sweep.yaml").rename(workshop / "runs/sweep.yaml")
@@ -506,7 +574,7 @@ def t2i(workshop: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", help="of the scripts, models and runs; all")
+    parser.add_argument("groups", nargs="*", help="all, when none is named")
     parser.add_argument("--every", type=int, default=1, help="each so many cases")
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
@@ -517,15 +585,16 @@ def main() -> None:
     torch.set_num_threads(1)
     # imported once, here, and not in every fork
     from lml import benchmark, export, report, runner, sweep, tracking, training  # noqa: F401
+    from lml.calibration import script  # noqa: F401
 
-    groups = options.groups or [*COMMANDS, "models", "runs"]
+    special = {"models": models, "runs": runs, "calibrations": calibrations}
+    groups = options.groups or [*COMMANDS, *special]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCH_HOME"] = f"{folder}/torch"
         workshop = Path(folder, "workshop")
         workshop.mkdir()
         furnish(workshop)
         for group in groups:
-            special = {"models": models, "runs": runs}
             cases = special[group](workshop) if group in special else lines(group)
             cases = list(cases)[:: options.every]
             faults = {}

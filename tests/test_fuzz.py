@@ -82,15 +82,17 @@ def test_a_bad_value_of_any_key(outcome_of, name):
 
 
 @pytest.mark.parametrize(
-    "arguments", bad.LINES["sample"], ids=lambda arguments: arguments[-1][:30].replace("/", "_")
+    ("name", "arguments"),
+    [(name, arguments) for name, lines in bad.LINES.items() for arguments in lines],
+    ids=lambda value: value if isinstance(value, str) else value[-1][:30].replace("/", "_"),
 )
-def test_a_bad_line(outcome_of, arguments):
-    outcome_of(bad.Case("sample", "sample", arguments, ""))
+def test_a_bad_line(outcome_of, name, arguments):
+    outcome_of(bad.Case(name, name, arguments, ""))
 
 
-@pytest.mark.parametrize("kind", ["models", "runs"])
+@pytest.mark.parametrize("kind", ["models", "runs", "calibrations"])
 def test_a_damaged_file(outcome_of, workshop, kind):
-    cases = list({"models": bad.models, "runs": bad.runs}[kind](workshop))
+    cases = list(getattr(bad, kind)(workshop))
 
     @settings(max_examples=7, **FUZZ)
     @given(case=st.sampled_from(cases))

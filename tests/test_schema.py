@@ -42,6 +42,8 @@ def test_every_config_is_as_its_schema_says(option):
 @pytest.mark.parametrize(
     ("script", "overrides"),
     [
+        ("calibrate", []),
+        ("calibrate", ["objective=features"]),
         ("train", []),
         ("train", ["train=features"]),
         ("evaluate", []),

@@ -116,7 +116,7 @@ def test_nothing_is_made_when_there_is_nothing_to_make(script, tmp_path, argumen
     outcome = script("sample", *TOY, *arguments.split())
     if line == ".*":  # a value that one cell refuses is another matter
         assert outcome.code == 0 and statuses(tmp_path) == ["done"]
-        assert "nfe=x: nfe=x: a whole number" in outcome.err
+        assert "nfe=x: a whole number of at least 1 is asked; skipped" in outcome.err
         return
     assert outcome.code == 2 and re.fullmatch(f"{line}\n", outcome.err), outcome.err
     assert not (tmp_path / "outputs/study").exists()
