@@ -578,8 +578,61 @@ def load_sampler(cfg: Mapping[str, Any], model: Model, device: torch.device) -> 
     key = canonical({"config": cfg["model"], **model.settings, "options": str(options)})
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = model.sampler(*options)
+        with _enough_memory(cfg, model, device):
+            _loaded[key] = model.sampler(*options)
     return _loaded[key]
+
+
+@contextlib.contextmanager
+def guarded(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Iterator[None]:
+    """Samples of the model are made inside, with the attention that `cfg` asks for.
+
+    RunError for too little memory, and for what other people's code stumbles on.
+    """
+    name = cfg["attention"]
+    attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
+    try:
+        with attention, _enough_memory(cfg, model, device):
+            yield
+    except RuntimeError as error:
+        if re.search("No (available kernel|viable backend)", str(error)):
+            raise RunError(f"attention={name}: not for this model, type and device") from None
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            _refuse(error, model)
+        reason = first_line(error)
+        raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        _refuse(error, model)
+
+
+@contextlib.contextmanager
+def _enough_memory(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        less = ["a smaller batch_size", "dtype=bfloat16"]
+        if "cpu_offload" in cfg["model"]:
+            less += ["model.slicing=true", "model.cpu_offload=true"]
+        raise RunError(
+            f"batch_size={cfg['batch_size']}: too large for {model.name} and the memory of "
+            f"{device}; what takes less: {', '.join(less)}"
+        ) from None
+
+
+def _refuse(error: Exception, model: Model) -> NoReturn:
+    """RunError where other people's code raised it, as on a network's config; else `error`."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    where = last.tb_frame.f_globals.get("__name__", "")
+    if isinstance(error, UserError) or where.partition(".")[0] == "lml":
+        raise error
+    raise RunError(
+        f"model={model.name}: fails in {where} ({first_line(error)}); the configs of its "
+        "parts may not be those of its weights; HYDRA_FULL_ERROR=1 shows where"
+    ) from error
 
 
 @dataclass
@@ -647,21 +700,7 @@ class Share:
 
     def sampler(self) -> Sampler:
         """The loaded model; it is kept for the next run."""
-        try:
-            return load_sampler(self.cfg, self.model, self.device)
-        except (RuntimeError, MemoryError) as error:
-            if not is_memory(error):
-                raise
-            raise self._out_of_memory() from None
-
-    def _out_of_memory(self) -> RunError:
-        less = ["a smaller batch_size", "dtype=bfloat16"]
-        if "cpu_offload" in self.cfg["model"]:
-            less += ["model.slicing=true", "model.cpu_offload=true"]
-        return RunError(
-            f"batch_size={self.cfg['batch_size']}: too large for {self.model.name} and the memory "
-            f"of {self.device}; what takes less: {', '.join(less)}"
-        )
+        return load_sampler(self.cfg, self.model, self.device)
 
     def blocks(self, count: int) -> list[range]:
         """The first `count` images in batches."""
@@ -678,39 +717,14 @@ class Share:
         seeds = [self.cfg["seed"] + i for i in block]
         prompts = None if self.prompts is None else self.prompts[block.start : block.stop].texts
         options = self.cfg["solver"].get("step") or {}
-        name = self.cfg["attention"]
-        attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
-        try:
-            with attention, _finite_images(sampler, self.scheduler) as checked:
-                return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
-        except FloatingPointError as error:
-            raise RunError(
-                f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
-            ) from None
-        except (RuntimeError, MemoryError) as error:
-            if is_memory(error):
-                raise self._out_of_memory() from None
-            if re.search("No (available kernel|viable backend)", str(error)):
-                raise RunError(f"attention={name}: not for this model, type and device") from None
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                self._refuse(error)
-            reason = first_line(error)
-            raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            self._refuse(error)
-
-    def _refuse(self, error: Exception) -> NoReturn:
-        """RunError where other people's code raised it, as on a network's config; else `error`."""
-        last = error.__traceback__
-        while last.tb_next is not None:
-            last = last.tb_next
-        where = last.tb_frame.f_globals.get("__name__", "")
-        if isinstance(error, UserError) or where.partition(".")[0] == "lml":
-            raise error
-        raise RunError(
-            f"model={self.model.name}: fails in {where} ({first_line(error)}); the configs of its "
-            "parts may not be those of its weights; HYDRA_FULL_ERROR=1 shows where"
-        ) from error
+        with guarded(self.cfg, self.model, self.device):
+            try:
+                with _finite_images(sampler, self.scheduler) as checked:
+                    return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
+            except FloatingPointError as error:
+                raise RunError(
+                    f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
+                ) from None
 
     def _timing(
         self, watch: Stopwatch, images: int, seconds: float, guided: bool

@@ -1,10 +1,11 @@
 """How many bad inputs end in one line: `python tests/count_bad_input.py [GROUP ...]`.
 
 A group is a script, models, runs or calibrations. Every key of every script, every value in the
-JSON files of model folders, and every value in the files of run folders and calibrations becomes what it should not be, one at a time, and the script is run on that, in
-a process of its own with little memory and time. It ends well with exit code 0, or with exit code 2
-and one line that says something; never with a traceback, and no new file beside what was asked for.
-Prints how many did, and those that didn't. `--every N` takes each Nth case alone.
+JSON files of model folders, and every value in the files of run folders and calibrations becomes
+what it should not be, one at a time, and the script is run on that, in a process of its own with
+little memory and time. It ends well with exit code 0, or with exit code 2 and one line that says
+something; never with a traceback, and no new file beside what was asked for. Prints how many did,
+and those that didn't. `--every N` takes each Nth case alone.
 """
 
 from __future__ import annotations

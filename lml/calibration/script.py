@@ -25,12 +25,13 @@ from lml.calibration.search import (
     most_evaluations,
 )
 from lml.device import use_device
-from lml.errors import UserError, say
+from lml.errors import UserError, first_line, say
 from lml.files import read_object
 from lml.instances import make
 from lml.pipelines import find, pixel
 from lml.processes import joined, on_first, rank_and_world
 from lml.store import (
+    RunError,
     canonical,
     check_output,
     disk_error,
@@ -54,7 +55,11 @@ def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.de
 
         @torch.no_grad()
         def features(images: Tensor) -> Tensor:
-            return network(pixel.to_uint8(images)).flatten(1)
+            try:
+                return network(pixel.to_uint8(images)).flatten(1)
+            except Exception as error:  # whatever its layers stumble on
+                size, reason = tuple(images.shape[1:]), first_line(error)
+                raise UserError(f"extractor: does not take images of {size} ({reason})") from None
 
         return Objective("features", features, features)
     if model.has_latents:
@@ -124,7 +129,11 @@ def make_problem(
     def solve(solver: SchedulerMixin, steps: int, indices: Sequence[int], **options: Any) -> Tensor:
         texts = None if prompts is None else [prompts.texts[i] for i in indices]
         seeds = [cfg["seed"] + i for i in indices]
-        images = sampler(solver, steps, seeds, texts, decode=decode, **options)
+        with runner.guarded(cfg, model, device):
+            try:
+                images = sampler(solver, steps, seeds, texts, decode=decode, **options)
+            except FloatingPointError as error:
+                raise RunError(f"model={model.name}: {error}") from None
         return images.float()
 
     return Problem(
