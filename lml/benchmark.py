@@ -6,7 +6,6 @@ turns' ratios is what counts: so a busy machine disturbs both alike.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lml import runner
+from lml import runner, schema
 from lml.configs import compose
 from lml.correction import LMLCorrection
 from lml.damping import default_damping
@@ -39,6 +38,7 @@ from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device
 from lml.errors import UserError
+from lml.files import read_object
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
 from lml.schedulers import OPTIONS
@@ -150,7 +150,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = read_object(trace)["traceEvents"]
     events = [event["args"] for event in events if event.get("name") == "[memory]"]
     held, total, peak = {}, 0, 0
     for event in sorted(events, key=lambda event: event["Ev Idx"]):
@@ -296,7 +296,7 @@ def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -
             continue  # to compile would count as network
         with run_config(model, [*arguments, "metrics=none", *options]) as config:
             config.num_images = config.batch_size * batches
-            timing = json.loads((runner.run(config, Quiet()) / "timing.json").read_text())
+            timing = read_object(runner.run(config, Quiet()) / "timing.json", schema.Timing)
         parts = {k: v for k, v in timing["seconds"].items() if k not in ("network", "total")}
         total = timing["seconds"]["total"]
         remark = ", ".join(f"{name} {100 * value / total:.1f}" for name, value in parts.items())
@@ -315,7 +315,7 @@ def fd_change(
         options = [*arguments, "solver=ddim", "lml=off", "metrics=[fd_cifar]", *SETTINGS[name]]
         with run_config(model, [*options, f"num_images={num_images}"]) as config:
             folder = runner.run(config, Quiet())
-            metrics = json.loads((folder / "metrics.json").read_text())
+            metrics = read_object(folder / "metrics.json", dict[str, schema.Score])
         values[name] = metrics["fd_cifar"]["value"]
     change = 100 * abs(values[settings] / values["float32"] - 1)
     remark = f"{values[settings]:.4g} against {values['float32']:.4g}, {num_images} images"
@@ -468,15 +468,11 @@ def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> fl
 
 def benchmark(cfg: DictConfig) -> list[Row]:
     """Measure the parts that `cfg` (configs/benchmark.yaml) names; prints and returns the table."""
-    known = {"correction", "memory", "run", "outside", "fd", "pipelines", "evaluators"}
-    for part in cfg.parts:
-        if part not in known:
-            raise UserError(f"parts={part}: one of {', '.join(sorted(known))} is asked")
-    for setting in cfg.settings:
-        if setting not in SETTINGS:
-            raise UserError(f"settings={setting}: one of {', '.join(SETTINGS)} is asked")
+    schema.check(OmegaConf.to_container(cfg, resolve=True), schema.Benchmark)
     if cfg.out is not None:
         check_output(cfg.out, "out")
+        if not os.access(folder := Path(cfg.out).absolute().parent, os.W_OK):
+            raise UserError(f"out={cfg.out}: {folder} cannot be written to; give out=FILE")
         if Path(cfg.out).exists() and not read_json(Path(cfg.out)).keys() >= {"machine", "rows"}:
             raise UserError(f"out={cfg.out}: not a file of this script's; choose another")
     if cfg.threads is not None:

@@ -15,7 +15,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,8 +28,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from lml import schema
 from lml.data.assets import ROOT
-from lml.errors import UserError, nearest, say
+from lml.errors import UserError, first_line, nearest, say
+from lml.files import check_path
 
 CONFIGS = ROOT / "configs"
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -38,7 +40,7 @@ EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "o
 # Keys whose values are paths. Of some the place counts: budget.images is a number.
 PATHS = re.compile(
     r"run_dir|runs|out|images|layout\.images|metrics\.[^.]+\.model"
-    r"|(.+\.)?(control_image|features|file|path|reference|tokenizer|weights)"
+    r"|(.+\.)?(calibration|control_image|features|file|path|reference|tokenizer|weights)"
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What is said in one line.
@@ -70,7 +72,9 @@ def main(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def script() -> None:
-            sys.exit(_run(task, config_name, makes_runs))
+            with _lasting_streams():
+                code = _run(task, config_name, makes_runs)
+            sys.exit(code)
 
         return script
 
@@ -90,9 +94,9 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
         nonlocal started
         started = True
         if os.getpid() != process:
-            return _run_elsewhere(task, cfg, here, arguments)
+            return _run_elsewhere(task, config_name, cfg, here, arguments)
         try:
-            _complete(cfg)
+            complete(cfg, config_name)
             return task(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -106,6 +110,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
                 say(explain(error))
 
     try:
+        _check_environment()
         with _plugins(failed, makes_runs), _arguments():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
@@ -126,6 +131,44 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
         if keep_traceback or not isinstance(error, EXPECTED):
             raise error
     return 2 if failed else 0
+
+
+class _Lasting:
+    """A stream that goes on in silence when nobody reads it any more, as in `... | head`.
+
+    A summary that cannot be shown is no reason to end a run, or to say that it failed.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            # what is still in the buffer goes there, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Lasting, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -160,21 +203,36 @@ def _arguments() -> Iterator[None]:
         module.get_args_parser = make_parser
 
 
-def _complete(cfg: DictConfig) -> None:
-    """Resolve `cfg`, with `~` in its paths the home folder. UserError where a value is missing."""
+def complete(cfg: DictConfig, config_name: str) -> None:
+    """Resolve `cfg`, with `~` in its paths the home folder, and check it.
+
+    UserError where a value is missing, or is not what configs/`config_name`.yaml may hold: before
+    anything is made of it.
+    """
     OmegaConf.resolve(cfg)
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key}=???: a value is needed")
     _complete_paths(cfg, "")
+    config = OmegaConf.to_container(cfg)
+    schema.check(config, schema.of_script(config_name, config))
+
+
+def _check_environment() -> None:
+    """UserError for what torchrun sets, when it is no number."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise UserError(f"{name}={value!a:.80}: a whole number is asked, as torchrun sets it")
 
 
 def _complete_paths(node: DictConfig | ListConfig, prefix: str) -> None:
     for key in node if isinstance(node, DictConfig) else range(len(node)):
         name, value = f"{prefix}{key}", node[key]
         is_path = PATHS.fullmatch(name)
-        if isinstance(value, DictConfig) or (isinstance(value, ListConfig) and not is_path):
+        if isinstance(value, (DictConfig, ListConfig)) and not is_path:
             _complete_paths(value, f"{name}.")
         elif is_path and isinstance(value, str):
+            check_path(value, name)
             node[key] = os.path.expanduser(value)
         elif is_path and value is not None:
             # 2024_10 is the number 202410 to Hydra: what was meant is lost by now
@@ -215,13 +273,17 @@ def _suggest(override: str) -> str | None:
 
 
 def _run_elsewhere(
-    task: Callable[[DictConfig], Any], cfg: DictConfig, here: str, arguments: list[str]
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    cfg: DictConfig,
+    here: str,
+    arguments: list[str],
 ) -> Any:
     """One cell of a sweep, in a process that a launcher started. Fails with a UserError only."""
     try:
         os.chdir(here)
         sys.argv = arguments  # the run's record of its command line
-        _complete(cfg)
+        complete(cfg, config_name)
         return task(cfg)
     except Exception as error:
         reason = explain(error)
@@ -276,6 +338,7 @@ class _Sweeper:
         if not self.is_grid and not base.get("sweep"):
             name = choices["hydra/sweeper"]
             raise UserError(f"hydra/sweeper={name}: sweep=NAME says what is searched for")
+        schema.check(base, schema.Searching)
         local = choices["hydra/launcher"] == "basic"
         self.cells = Sweep(compose, base, local, options.get("n_trials"))
         if "direction" in options:
@@ -292,14 +355,22 @@ class _Sweeper:
     def sweep(self, arguments: list[str]) -> None:
         if optuna := sys.modules.get("optuna"):
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        folder = Path(self.config.hydra.sweep.dir)
         with self.cells:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 self.sweeper.sweep(arguments)
             except ValueError as error:
                 # Optuna has no best trial where none came to its end.
                 if isinstance(error, UserError) or not self.cells.are_lost:
                     raise
+            except OSError as error:  # Hydra writes a file of its own there
+                if isinstance(error, HydraException):  # what it does not find is an OSError, too
+                    raise
+                reason = error.strerror or first_line(error)
+                raise UserError(
+                    f"hydra.sweep.dir={folder}: {reason}; a writable folder is asked"
+                ) from None
             self.cells.conclude(self._make)
         if self.cells.are_refused:
             self.failed.append(UserError("every cell is refused"))
@@ -345,7 +416,10 @@ class _Composer:
         cfg = pickle.loads(self.composed[choices])  # a copy, in a seventh of deepcopy's time
         values = [self.parsed[text] for text in overrides if text not in choices]
         self.loader._apply_overrides_to_config(values, cfg)
-        _complete(cfg)
+        try:
+            complete(cfg, "sample")
+        except OmegaConfBaseException as error:
+            raise UserError(explain(error)) from None
         return OmegaConf.to_container(cfg, resolve=True)
 
     def _is_value(self, text: str) -> bool:
@@ -399,7 +473,7 @@ class _Launcher:
             with _patience():
                 return self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
         except Exception as error:
-            raise UserError(f"hydra/launcher={self.name}: {_first_line(error)}") from error
+            raise UserError(f"hydra/launcher={self.name}: {first_line(error)}") from error
         finally:
             os.environ.pop("PYTHONPATH")
             if before is not None:
@@ -446,15 +520,11 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
 
 
-def _check_complete(cfg: DictConfig) -> None:
-    OmegaConf.resolve(cfg)
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError(f"{key}=???: a value is needed")
-
-
 def explain(error: Exception) -> str:
     """One line: the key, the value and what is allowed, from whatever Hydra or OmegaConf raised."""
     text, cause = str(error), error.__cause__
+    if isinstance(error, UserError):  # whose paths may have a line's end in them
+        return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     if match := re.search(r"Could not (?:find|load) '(.+)/(.+)'", text):
         group, option = match.groups()
         if group in ("hydra/launcher", "hydra/sweeper") and option in EXTRAS:
@@ -480,8 +550,8 @@ def explain(error: Exception) -> str:
         overrides = [a for a in sys.argv[1:] if (CONFIGS / a.split("=")[0]).is_dir()]
         return f"{' '.join(overrides)}: {text}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {_first_line(error)}"
-    return _first_line(error) or _first_line(cause)
+        return f"{error.full_key}: {first_line(error)}"
+    return first_line(error) or first_line(cause)
 
 
 def _explain_override(override: str, text: str) -> str:
@@ -495,8 +565,3 @@ def _explain_override(override: str, text: str) -> str:
         lines = [line for line in lines if line and not line.startswith(("Lexer", "See "))]
         reason = f" ({lines[0]})" if lines else ""
     return f"{shown}: KEY=VALUE is asked{reason}{quoted}"
-
-
-def _first_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error or "").splitlines()]
-    return next(filter(None, lines), "" if error is None else type(error).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -24,6 +25,12 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, TypeError):
         raise UserError(f"device={name}: not there; auto or {' or '.join(there)} is") from None
     return device
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a class for accelerators alone."""
+    lacking = re.search("allocate memory|not enough memory|Storage size calculation", str(error))
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or bool(lacking)
 
 
 def use_device(name: str, threads: int | None) -> torch.device:

@@ -19,7 +19,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return ", ".join(close or choices)
 
 
+def first_line(error: object) -> str:
+    """The first line of an error's text that says something, or else the name of its class."""
+    lines = [line.strip() for line in str("" if error is None else error).splitlines()]
+    return next(filter(None, lines), "" if error is None else type(error).__name__)
+
+
 def say(line: str) -> None:
     """Write one line to stderr, with the rank of this process where there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1") and "RANK" in os.environ
+    rank = f"[rank {os.environ['RANK']}] " if several else ""
     print(f"{rank}{line}", file=sys.stderr, flush=True)

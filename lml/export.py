@@ -23,6 +23,7 @@ from lml.errors import UserError
 from lml.files import NAME_MAX, file_hash, open_regular, plain_name, replacing
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
+from lml.schema import RunConfig, check
 from lml.store import (
     canonical,
     check_output,
@@ -83,6 +84,11 @@ class T2ICompBench:
         if "category" not in prompts.entries[0]:
             raise UserError(f"run_dir={run_dir}: not made from prompts=t2i_compbench")
         config = read_config(run_dir)
+        for key, given in (("model", self.model), ("solver", self.sampler)):
+            part = config.get(key)
+            name = part.get("name") if isinstance(part, dict) else part
+            plain_name(given or name, f"run_dir={run_dir}: config.yaml: {key}.name")
+        check(config, RunConfig, f"run_dir={run_dir}: config.yaml")
         model = self.model or config["model"]["name"]
         sampler = self.sampler or _name_sampler(config)
         for key, name in (("model", model), ("sampler", sampler)):

@@ -16,9 +16,13 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from lml.errors import UserError
+from lml.errors import UserError, first_line
+from lml.schema import find, shown
 
 NAME_MAX = 255  # bytes of a file name, on all common file systems
+PATH_MAX = 3800  # bytes of a path: Linux takes 4095, and names are put behind it
+DEPTH = 64  # of groups in groups: nothing that we read has a tenth of it
+TOO_DEEP = "nested too deep"
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -74,9 +78,40 @@ def load_json(source: str | Path) -> Any:
     """What a JSON file, or text of JSON, says. OSError or ValueError when it can't be read."""
     text = read_text(source) if isinstance(source, Path) else source
     try:
-        return json.loads(text)
+        return _shallow(json.loads(text))
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError(TOO_DEEP) from None
+
+
+def _shallow(value: Any) -> Any:
+    """`value`. ValueError for one that whoever walks down it would not come back from."""
+    level = [value]
+    for _ in range(DEPTH):
+        groups = [group for group in level if isinstance(group, (dict, list))]
+        if not groups:
+            return value
+        level = [i for g in groups for i in (g.values() if isinstance(g, dict) else g)]
+    raise ValueError(TOO_DEEP)
+
+
+def read_object(path: Path, schema: Any = None) -> dict[str, Any]:
+    """The object in a JSON file, or in a YAML file by its suffix, as `schema` (a hint) says.
+
+    FileNotFoundError when there is none, and UserError, naming the file and the key, when it can't
+    be read, is no object, or holds what it should not.
+    """
+    try:
+        value = load_yaml(path) if path.suffix == ".yaml" else load_json(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path}: cannot be read ({first_line(reason)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not an object of keys and values")
+    if schema is not None and (problem := find(schema, value, "")):
+        raise UserError(f"{path}: {problem}")
+    return value
 
 
 class _NoAliases:
@@ -93,11 +128,12 @@ def load_yaml(path: Path, loader: type = yaml.SafeLoader) -> Any:
     A few lines of aliases of aliases are a value that fills the memory. `loader` is a safe one.
     """
     try:
-        return yaml.load(read_text(path), Loader=type("Loader", (_NoAliases, loader), {}))
+        text = read_text(path)
+        return _shallow(yaml.load(text, Loader=type("Loader", (_NoAliases, loader), {})))
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError(TOO_DEEP) from None
 
 
 class _Repeating(yaml.SafeDumper):
@@ -110,6 +146,11 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Repeating, sort_keys=False, allow_unicode=True)
 
 
+def _is_text(name: str) -> bool:
+    """Whether it has no control characters, nor halves of UTF-16 characters."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+
+
 def plain_name(name: Any, label: str) -> str:
     """`name`, to be put behind a folder's path. UserError unless it is that of a file in it.
 
@@ -118,10 +159,21 @@ def plain_name(name: Any, label: str) -> str:
     """
     plain = isinstance(name, str) and name not in ("", ".", "..")
     plain = plain and PureWindowsPath(name).name == name
-    plain = plain and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+    plain = plain and _is_text(name)
     if not plain or len(name.encode()) > NAME_MAX:
         raise UserError(f"{label}={name!a:.200}: a plain name is asked, of one file or folder")
     return name
+
+
+def check_path(path: str, label: str) -> None:
+    """UserError, beginning with `label`, for text that no file system takes as a path."""
+    whole = bool(path) and "\0" not in path and len(path.encode(errors="surrogatepass")) <= PATH_MAX
+    if whole and all(
+        len(part.encode(errors="surrogatepass")) <= NAME_MAX for part in Path(path).parts
+    ):
+        return
+    limits = f"of names of at most {NAME_MAX} bytes"
+    raise UserError(f"{label}={shown(path)}: a path is asked, {limits}")
 
 
 def file_hash(path: Path) -> str:

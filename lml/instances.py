@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from diffusers import SchedulerMixin
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
-from lml.errors import UserError
+from lml.errors import UserError, first_line
+from lml.schema import Made, check, check_call
+
+# What Hydra finds wrong with a `_target_` it says in an error, too.
+logging.getLogger("hydra").addHandler(logging.NullHandler())
 
 # What the config of somebody else's run may have made: these, and the schedulers in these modules.
 # Their arguments are numbers, names, and paths of data.
@@ -27,14 +33,36 @@ SCHEDULERS = ("diffusers", "lml.schedulers", "lml.schedulers.released")
 
 
 def make(config: Mapping[str, Any], label: str) -> Any:
-    """What the `_target_` of `config` makes. UserError, beginning with `label`, when it can't."""
+    """What the `_target_` of `config` makes. UserError, beginning with `label`, when it can't.
+
+    Arguments are held against the hints of what is called, at any depth.
+    """
     try:
-        return instantiate(config)
+        check_arguments(config, label.partition("=")[0])
+        return instantiate(config, _convert_="all")
     except HydraException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{label}: {reason}") from None
+        raise UserError(f"{label}: {first_line(error.__cause__ or error)}") from None
+    except RecursionError:
+        raise UserError(f"{label}: nested too deep") from None
+
+
+def check_arguments(config: Any, key: str) -> None:
+    """UserError, naming a key below `key`, for an argument of a type that is not taken."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            check_arguments(value, f"{key}.{name}")
+        if "_target_" in config:
+            check(config, Made, key)
+            target = None
+            with contextlib.suppress(Exception):  # whatever an import raises; Hydra will say it
+                target = get_object(config["_target_"])
+            if callable(target):
+                check_call(target, config, key)
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            check_arguments(value, f"{key}[{number}]")
 
 
 def check_targets(config: Any, label: str, key: str = "") -> None:

@@ -10,18 +10,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lml.errors import UserError
+from lml.errors import UserError, first_line
 from lml.store import RunError
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Join the processes that torchrun started, if any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world <= 1 or dist.is_initialized():
         yield
         return
     # Shares are unequal, and torchrun ends the others when one fails: so wait as long as it takes.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    except ValueError as error:
+        reason = first_line(error)
+        raise UserError(f"WORLD_SIZE={world}: torchrun sets more than that ({reason})") from None
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import make_grid
 
-from lml import __version__
+from lml import __version__, schema
 from lml.calibration.stored import calibrated
 from lml.configs import compose
 from lml.correction import METHOD_VERSION
@@ -43,14 +43,15 @@ from lml.damping import GRIDS
 from lml.data import prompts as prompt_sets
 from lml.data.assets import ROOT
 from lml.data.images import LATENTS, read
-from lml.device import use_device
-from lml.errors import UserError, nearest
+from lml.device import is_memory, use_device
+from lml.errors import UserError, first_line, nearest
 from lml.instances import check_targets
 from lml.metrics.evaluate import Context, build, check_count, check_prompts, evaluate
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
 from lml.pipelines.trajectory import Replay, Trajectory, record
 from lml.processes import gather, joined, on_first, rank_and_world
+from lml.schema import check_call
 from lml.stopwatch import Stopwatch
 from lml.store import (
     RunError,
@@ -106,27 +107,6 @@ PACKAGES = ("torch", "diffusers", "torchmetrics", "torchvision", "numpy", "hydra
 # --- what the user asked for -----------------------------------------------------------------
 
 
-def check(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a top-level value that is out of its range."""
-    check_whole(cfg, {"num_images": 1, "batch_size": 1, "nfe": 1, "seed": 0})
-    for key in ("compile", "channels_last", "overwrite", "progress"):
-        if not isinstance(cfg[key], bool):
-            raise UserError(f"{key}={cfg[key]}: true or false is asked")
-    if cfg["attention"] is not None and cfg["attention"] not in ATTENTION:
-        raise UserError(f"attention={cfg['attention']}: null, or one of {', '.join(ATTENTION)}")
-    if cfg["dtype"] not in DTYPES:
-        raise UserError(f"dtype={cfg['dtype']}: one of {', '.join(DTYPES)} is asked")
-
-
-def check_whole(cfg: Mapping[str, Any], lowest: Mapping[str, int]) -> None:
-    """Raise UserError for a value that is no whole number, or lower than `lowest` says."""
-    lowest = {**lowest, **({} if cfg["threads"] is None else {"threads": 1})}
-    for key, low in lowest.items():
-        value = cfg[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**62:
-            raise UserError(f"{key}={value}: a whole number of at least {low} is asked")
-
-
 def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
 
@@ -140,8 +120,10 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     try:
         cls = get_class(target)
     except Exception as error:  # Hydra wraps whatever the import raised
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"solver.scheduler._target_={target}: {reason}") from None
+    if not issubclass(cls, SchedulerMixin):
+        raise UserError(f"solver.scheduler._target_={target}: a scheduler is asked")
     if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
         kind = type(model.scheduler).__name__
         raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
@@ -150,9 +132,8 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         "grid": {k: v for k, v in cfg["grid"].items() if k not in ("name", OWN_GRID)},
         "lml": {k: v for k, v in cfg["lml"].items() if k != "name"},
     }
+    schema.check(cfg["grid"], schema.Grid, "grid")
     own_grid = cfg["grid"].get(OWN_GRID, False)
-    if not isinstance(own_grid, bool):
-        raise UserError(f"grid.{OWN_GRID}={own_grid}: true or false is asked")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     for group, values in groups.items():
         for key, value in values.items():
@@ -165,10 +146,12 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
                 )
             close = nearest(key, known)
             raise UserError(f"{group}.{key}={value}: {name} has no such option; nearest: {close}")
+        check_call(cls, values, group)
     for key, value in (cfg["solver"].get("step") or {}).items():
         if key not in (taken := inspect.signature(cls.step).parameters):
             close = nearest(key, taken)
             raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
+    check_call(inspect.unwrap(cls.step), cfg["solver"].get("step") or {}, "solver.step")
     own = model.scheduler.config
     for key in NOISE_SCHEDULE:
         if own.get(key) is True and key not in known:
@@ -184,8 +167,8 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
             return cls.from_config(base, **{k: v for g in groups.values() for k, v in g.items()})
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a solver stumbles on in its options
+        reason = first_line(error)
         key = reason.split("=")[0]
         group = next((g for g, values in groups.items() if key in values), None)
         raise UserError(f"{group}.{reason}" if group else f"solver={name}: {reason}") from None
@@ -196,6 +179,14 @@ def _fitting_grids(known: set[str]) -> list[str]:
     return [
         name for name in names if set(compose(f"+grid={name}").grid) - {"name", OWN_GRID} <= known
     ]
+
+
+def read_solver(name: str, key: str) -> dict[str, Any]:
+    """The config group solver=`name`. UserError, beginning with `key`, where there is none."""
+    known = [file.stem for file in (ROOT / "configs/solver").glob("*.yaml")]
+    if name not in known:
+        raise UserError(f"{key}={schema.shown(name)}: unknown; nearest: {nearest(name, known)}")
+    return OmegaConf.to_container(compose(f"+solver={name}").solver)
 
 
 def choose_prompts(cfg: Mapping[str, Any], model: Model) -> prompt_sets.PromptSet | None:
@@ -223,9 +214,8 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
         mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
         try:
             scheduler.set_timesteps(steps, **mu)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"nfe={nfe}: not for {solver} ({reason})") from None
+        except Exception as error:  # whatever a solver stumbles on in such a grid
+            raise UserError(f"nfe={nfe}: not for {solver} ({first_line(error)})") from None
         return len(scheduler.timesteps)
 
     steps = 1 + bisect.bisect_left(range(1, nfe + 1), nfe, key=evaluations)
@@ -331,7 +321,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     observer = observer or Observer()
-    check(config)
+    schema.check(config, schema.Sample)
     device = use_device(config["device"], config["threads"])
     with joined():
         check_prompts(config["metrics"], bool(config["prompts"]))
@@ -366,6 +356,8 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
         if not isinstance(entry, dict) or why_not_sealed(entry, folder.hash, name):
             return False
         # What older versions of scripts/evaluate.py scored does not say how it was asked for.
+        if schema.find(schema.Score, entry, name):
+            return False
         if entry.get("config_sha256", digest) != digest:
             return False
     return True
@@ -374,11 +366,11 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
 def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     """Score a run, or any folder of images (configs/evaluate.yaml), and return the JSON file."""
     config = OmegaConf.to_container(cfg, resolve=True)
+    schema.check(config, schema.Evaluate)
     observer = observer or Observer()
     run_dir, images, out = (config[key] for key in ("run_dir", "images", "out"))
     if (run_dir is None) == (images is None):
         raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
-    check_whole(config, {"batch_size": 1})
     device = use_device(config["device"], config["threads"])
     reference, again, run = None, None, None
     if run_dir is not None:
@@ -392,7 +384,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
             return replay(read_made(run_dir), device, count)
 
         made = read_config(run_dir)  # it is a run's; what is made counts only where a metric asks
-        if not read_json(Path(run_dir) / "manifest.json").get("complete"):
+        if not read_json(Path(run_dir) / "manifest.json", schema.Manifest).get("complete"):
             raise UserError(
                 f"run_dir={run_dir}: not complete; finish the run, or give images={images}"
             )
@@ -459,6 +451,7 @@ def read_made(run_dir: str | Path) -> dict[str, Any]:
     apart = ("metrics", "logger", "provenance")
     made = {key: value for key, value in config.items() if key not in apart}
     check_targets(made, f"run_dir={run_dir}")
+    schema.check(made, schema.WholeRunConfig, f"run_dir={run_dir}: config.yaml")
     return {**made, "run_dir": run_dir}
 
 
@@ -475,16 +468,12 @@ def reference_run(
     With `latents`, those are beside them, if the model has any.
     They are made under outputs/reference, or found there. Returns their folder.
     """
-    folder = ROOT / "configs/solver"
-    if not (folder / f"{solver}.yaml").is_file():
-        known = nearest(solver, [file.stem for file in folder.glob("*.yaml")])
-        raise UserError(f"metrics.convergence.solver={solver}: unknown; nearest: {known}")
     fine = {
         **config,
         "name": "reference",
         "run_dir": None,
         "overwrite": False,
-        "solver": OmegaConf.to_container(compose(f"+solver={solver}").solver),
+        "solver": read_solver(solver, "metrics.convergence.solver"),
         "grid": {},
         "lml": {"rank": 0},
         "nfe": nfe,
@@ -593,8 +582,61 @@ def load_sampler(cfg: Mapping[str, Any], model: Model, device: torch.device) -> 
     key = canonical({"config": cfg["model"], **model.settings, "options": str(options)})
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = model.sampler(*options)
+        with _enough_memory(cfg, model, device):
+            _loaded[key] = model.sampler(*options)
     return _loaded[key]
+
+
+@contextlib.contextmanager
+def guarded(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Iterator[None]:
+    """Samples of the model are made inside, with the attention that `cfg` asks for.
+
+    RunError for too little memory, and for what other people's code stumbles on.
+    """
+    name = cfg["attention"]
+    attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
+    try:
+        with attention, _enough_memory(cfg, model, device):
+            yield
+    except RuntimeError as error:
+        if re.search("No (available kernel|viable backend)", str(error)):
+            raise RunError(f"attention={name}: not for this model, type and device") from None
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            _refuse(error, model)
+        reason = first_line(error)
+        raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        _refuse(error, model)
+
+
+@contextlib.contextmanager
+def _enough_memory(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        less = ["a smaller batch_size", "dtype=bfloat16"]
+        if "cpu_offload" in cfg["model"]:
+            less += ["model.slicing=true", "model.cpu_offload=true"]
+        raise RunError(
+            f"batch_size={cfg['batch_size']}: too large for {model.name} and the memory of "
+            f"{device}; what takes less: {', '.join(less)}"
+        ) from None
+
+
+def _refuse(error: Exception, model: Model) -> NoReturn:
+    """RunError where other people's code raised it, as on a network's config; else `error`."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    where = last.tb_frame.f_globals.get("__name__", "")
+    if isinstance(error, UserError) or where.partition(".")[0] == "lml":
+        raise error
+    raise RunError(
+        f"model={model.name}: fails in {where} ({first_line(error)}); the configs of its "
+        "parts may not be those of its weights; HYDRA_FULL_ERROR=1 shows where"
+    ) from error
 
 
 @dataclass
@@ -662,19 +704,7 @@ class Share:
 
     def sampler(self) -> Sampler:
         """The loaded model; it is kept for the next run."""
-        try:
-            return load_sampler(self.cfg, self.model, self.device)
-        except torch.cuda.OutOfMemoryError:
-            raise self._out_of_memory() from None
-
-    def _out_of_memory(self) -> RunError:
-        less = ["a smaller batch_size", "dtype=bfloat16"]
-        if "cpu_offload" in self.cfg["model"]:
-            less += ["model.slicing=true", "model.cpu_offload=true"]
-        return RunError(
-            f"batch_size={self.cfg['batch_size']}: too large for {self.model.name} and the memory "
-            f"of {self.device}; what takes less: {', '.join(less)}"
-        )
+        return load_sampler(self.cfg, self.model, self.device)
 
     def blocks(self, count: int) -> list[range]:
         """The first `count` images in batches."""
@@ -691,24 +721,14 @@ class Share:
         seeds = [self.cfg["seed"] + i for i in block]
         prompts = None if self.prompts is None else self.prompts[block.start : block.stop].texts
         options = self.cfg["solver"].get("step") or {}
-        name = self.cfg["attention"]
-        attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
-        try:
-            with attention, _finite_images(sampler, self.scheduler) as checked:
-                return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
-        except FloatingPointError as error:
-            raise RunError(
-                f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
-            ) from None
-        except torch.cuda.OutOfMemoryError:
-            raise self._out_of_memory() from None
-        except RuntimeError as error:
-            if re.search("No (available kernel|viable backend)", str(error)):
-                raise RunError(f"attention={name}: not for this model, type and device") from None
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"compile=true: torch.compile fails here ({reason})") from None
+        with guarded(self.cfg, self.model, self.device):
+            try:
+                with _finite_images(sampler, self.scheduler) as checked:
+                    return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
+            except FloatingPointError as error:
+                raise RunError(
+                    f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
+                ) from None
 
     def _timing(
         self, watch: Stopwatch, images: int, seconds: float, guided: bool

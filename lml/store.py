@@ -33,7 +33,8 @@ from PIL import Image, PngImagePlugin
 
 from lml.data.images import LATENTS, latents_path, open_image
 from lml.errors import UserError
-from lml.files import file_hash, load_json, load_yaml, replacing
+from lml.files import file_hash, load_json, load_yaml, read_object, replacing
+from lml.schema import Manifest, check
 
 DIGITS = 6  # of an image's name, at least
 WAIT = 60.0  # seconds that a process waits for another to have added its scores
@@ -449,7 +450,7 @@ class RunFolder:
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, or {} when there is none of this run's."""
-        manifest = read_json(self.path / "manifest.json")
+        manifest = read_json(self.path / "manifest.json", Manifest)
         return manifest if manifest.get("settings_sha256") == self.hash else {}
 
     def write_manifest(self, num_images: int, finished: bool = True) -> int:
@@ -497,17 +498,19 @@ class Writer:
         self._pool.shutdown()  # what is queued is still stored
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; {} when the file is missing or broken."""
+def read_json(path: Path, schema: Any = None) -> dict[str, Any]:
+    """The JSON object in `path`; {} when the file is missing, broken, or not as `schema` says."""
     try:
-        value = load_json(path)
-    except (OSError, ValueError):
+        return read_object(path, schema)
+    except (FileNotFoundError, UserError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """config.yaml of the run in the folder `path`. UserError when that is no run's folder."""
+def read_config(path: str | Path, schema: Any = None) -> dict[str, Any]:
+    """config.yaml of the run in the folder `path`.
+
+    UserError when that is no run's folder, or the config is not as `schema` says.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"run_dir={path}: no such folder")
@@ -518,6 +521,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
         raise UserError(f"run_dir={path}: not a run's folder (it has no config.yaml of a run)")
+    check(config, schema or Any, f"run_dir={path}: config.yaml")
     return config
 
 

@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 from lml import processes, runner
 from lml.device import find_device, use_device
 from lml.errors import UserError, nearest, say
-from lml.files import dump_yaml, load_yaml
+from lml.files import dump_yaml, read_object
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
+from lml.schema import RunConfig, Score, SweepFile, Timing
 from lml.store import canonical, disk_error, read_config, read_json, why_not_sealed, write_atomic
 from lml.tracking import Progress
 
@@ -73,9 +74,10 @@ def read_objective(cfg: Mapping[str, Any], folder: Path) -> float | None:
     if not cfg.get("sweep"):
         return None
     name, _, part = (objective := find_objective(cfg)).partition("/")
-    entry = read_json(folder / "metrics.json").get(name)
+    file = folder / "metrics.json"
+    entry = read_object(file, dict[str, Score]).get(name, {})
     owner = str(read_json(folder / "manifest.json").get("settings_sha256"))
-    if reason := why_not_sealed(entry if isinstance(entry, dict) else {}, owner, name):
+    if reason := why_not_sealed(entry, owner, name):
         raise UserError(f"run_dir={folder}: metrics.json: {name} {reason}; nothing is chosen by it")
     value = entry["value"]
     if isinstance(value, Mapping) != bool(part) or (part and part not in value):
@@ -100,8 +102,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the sweep that it belongs to."""
-        return str(self.config["name"])
+        """Of the sweep that it belongs to; "" where the config is none that can be."""
+        return self.config.get("name", "")
 
     @property
     def key(self) -> tuple:
@@ -161,6 +163,7 @@ class Sweep:
         trials: int | None = None,
     ):
         self.compose, self.local, self.trials = compose, local, trials
+        self.base = config.get("name")
         self.search = config.get("sweep")
         self.objective = find_objective(config) if self.search else None
         self.higher_is_better = bool(self.search) and higher_is_better(self.objective)
@@ -168,6 +171,7 @@ class Sweep:
         self.first = int(os.environ.get("RANK", 0)) == 0
         self.show = self.first and bool(config.get("progress", True))
         self._ledgers: dict[str, Ledger] = {}
+        self._final_images = 0  # of each run at the end of a search
         self._found: dict[str, tuple] = {}
 
     def __enter__(self) -> Sweep:
@@ -242,9 +246,9 @@ class Sweep:
         return cells
 
     def _cell(self, overrides: list[str]) -> Cell:
-        cell = Cell(overrides, config := self.compose(overrides))
+        cell = Cell(overrides, {})
         try:
-            runner.check(config)
+            cell.config = config = self.compose(overrides)
             if self.local:
                 find_device(config["device"])
             # Weights are read to know them by their hash, so once.
@@ -291,13 +295,14 @@ class Sweep:
             if (count := sum(cell.status == status for cell in cells)) and not self.trials:
                 parts.append(f"{count} {word}")
         work = [number * cell.config["nfe"] for number, cell in zip(images, todo, strict=True)]
-        line = f"{', '.join(dict.fromkeys(cell.name for cell in cells))}: {', '.join(parts)}; "
+        names = dict.fromkeys(cell.name for cell in cells if cell.config)
+        line = f"{', '.join(names) or self.base}: {', '.join(parts)}; "
         if sum(work):
             line += f"to make{most}: {sum(images):,} images, {sum(work):,} evaluations, "
             line += self._duration(todo, work)
         else:
             line += f"to score: {len(todo)}" if todo else "nothing to make"
-        if self.search:
+        if self._final_images:
             line += f"; then, of the best and of lml=off, {self._final_images:,} images each"
         return line
 
@@ -333,11 +338,11 @@ class Sweep:
         files = Path("outputs", cell.name).glob("*/timing.json")
         rates = []
         for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-            timing = read_json(file)
+            timing = read_json(file, Timing)
             if any(timing.get(key) != value for key, value in here.items()):
                 continue
             try:
-                config = read_config(file.parent)
+                config = read_config(file.parent, RunConfig)
                 if _kind(config, config["settings"]) == kind:
                     rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
             except (UserError, KeyError, TypeError):  # a folder that something else was done to
@@ -401,8 +406,10 @@ class Sweep:
         return [*rest, *lml, *more, f"seed={self.search['final_seed']}"]
 
     def _check_seeds(self, cells: Sequence[Cell]) -> None:
+        cells = [cell for cell in cells if cell.config]
+        if not cells:
+            return  # nothing comes of what is refused
         final = self.compose(self._final(_split(cells[0].overrides)[0], ["lml=off"]))
-        runner.check(final)
         self._final_images = final["num_images"]
         begin, end = final["seed"], final["seed"] + final["num_images"]
         for cell in cells:
@@ -443,16 +450,17 @@ class Ledger:
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         try:
-            kept = load_yaml(self.path)
-            for cell in kept["cells"]:
-                cell["run"], cell["overrides"], cell["status"]
-            return list(kept["commands"]), kept["cells"]
+            kept = read_object(self.path, SweepFile)
+            return kept["commands"], kept["cells"]
         except FileNotFoundError:
             return [], []
-        except (OSError, ValueError, TypeError, KeyError):
+        except UserError as error:
             aside = self.path.with_name(f"{self.path.name}.broken")
             os.replace(self.path, aside)
-            say(f"{self.path}: not a sweep's; kept as {aside.name}, and written anew")
+            say(
+                f"{self.path}: not a sweep's; kept as {aside.name}, and written anew "
+                f"({str(error).partition(': ')[2]})"
+            )
             return [], []
 
     def write(self, cells: Sequence[dict[str, Any]]) -> None:

@@ -12,8 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,37 +26,28 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.training_utils import EMAModel
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from lml import schema
 from lml.data import cifar10
 from lml.data.statistics import make_reference
 from lml.device import use_device
-from lml.errors import UserError
-from lml.files import replacing
+from lml.errors import UserError, first_line, nearest
+from lml.files import load_json, read_text, replacing
+from lml.instances import make
+from lml.metrics.features import FeatureNetwork
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
+from lml.schema import find
+from lml.store import RunError, disk_error
 
 
-@dataclass
-class Budget:
-    """How much and how to train. `images` is the total over all sittings, however long each is."""
-
-    images: int = 3_000_000
-    batch_size: int = 128
-    lr: float = 4e-4
-    weight_decay: float = 0.0
-    warmup: int = 500  # steps
-    decay_from: float = 0.6  # the share of the images after which the rate falls linearly to 0
-    ema_inv_gamma: float = 8.0  # the average reaches back over about the last eighth of the steps
-    compile: bool = True
-    dtype: str = "auto"  # float32, bfloat16 (autocast), or whichever is faster here
-    save_minutes: float = 5.0
-    report_every: int = 10  # checkpoints; what takes time is measured then, and at the end
-    seed: int = 0
+class Budget(schema.Budget):
+    """How much and how to train, and how fast at each moment."""
 
     def rate(self, step: int, progress: float) -> float:
         """Learning rate after `step` steps and a share `progress` of the images."""
@@ -66,21 +58,18 @@ class Budget:
 def batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
     """Endless index batches from the `start`th on; every image once an epoch, in a new order."""
     size = count // batch_size
+    if size == 0:
+        raise UserError(f"budget.batch_size={batch_size}: there are {count} images")
     for epoch in itertools.count(start // size):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
         yield from order[: size * batch_size].split(batch_size)[max(0, start - epoch * size) :]
 
 
 def choose_dtype(step: Callable[[torch.dtype], object], asked: str) -> torch.dtype:
-    """The type that `asked` names; for "auto" the one in which `step(dtype)` takes less time.
-
-    UserError for another name.
-    """
+    """The type that `asked` names; for "auto" the one in which `step(dtype)` takes less time."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if asked in dtypes:
-        return dtypes[asked]
     if asked != "auto":
-        raise UserError(f"budget.dtype={asked}: must be auto, float32 or bfloat16")
+        return dtypes[asked]
 
     def seconds(dtype: torch.dtype) -> float:
         step(dtype), step(dtype)  # the first calls compile
@@ -109,7 +98,10 @@ def fit(
     `budget.report_every`th, and at the last, `report(averaged model)` adds to the line and
     `out/curve.png` is drawn. Returns the model with its averaged weights.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(out, error) from None
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
@@ -129,11 +121,17 @@ def fit(
     done = {"step": 0, "images": 0, "seconds": 0.0, "saves": 0}
     state_path, log_path = out / "state.pt", out / "log.jsonl"
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        done = state["done"]
+        try:
+            state = torch.load(state_path, map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema.load_state_dict(state["ema"])
+            done = {key: state["done"][key] for key in done}
+        except Exception as error:  # pickle, zip, key and shape errors share no base class
+            raise UserError(
+                f"run_dir={out}: state.pt is not of this training ({first_line(error)}); choose "
+                "another folder"
+            ) from None
     forward = torch.compile(model) if budget.compile else model
 
     def backward(dtype: torch.dtype, indices: Tensor, step: int) -> float:
@@ -185,7 +183,10 @@ def fit(
                 group["lr"] = budget.rate(done["step"], done["images"] / budget.images)
             losses.append(backward(dtype, next(order), done["step"]))
             if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} at step {done['step']}")
+                raise RunError(
+                    f"budget.lr={budget.lr}: the loss is {losses[-1]} at step {done['step']}; the "
+                    "last checkpoint stays; a lower one may do"
+                )
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             ema.step(model.parameters())
@@ -224,11 +225,20 @@ def fit(
     return model.eval()
 
 
+def _record(line: str) -> dict[str, float]:
+    """A line of the log; {} for one that a full disk cut short."""
+    try:
+        record = load_json(line)
+    except ValueError:
+        return {}
+    return {} if find(dict[str, float | str], record, "") else record
+
+
 def draw_curve(log: Path, out: Path) -> None:
     """A PNG of what `log` reports against images seen, a panel a quantity."""
     from matplotlib.figure import Figure  # not at the top: training itself does without
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = list(filter(None, map(_record, read_text(log).splitlines())))
     known = ("held_out_loss", "fd_cifar", "test_accuracy")
     names = [name for name in known if any(name in record for record in records)]
     if not names:
@@ -275,8 +285,8 @@ def train_denoiser(
     strata over a batch, which takes their variance out of the loss. The images are kept on
     `device`.
     """
-    if scheduler.config.prediction_type != "v_prediction":
-        raise ValueError(f"prediction_type={scheduler.config.prediction_type}: v_prediction only")
+    if (kind := scheduler.config.prediction_type) != "v_prediction":
+        raise UserError(f"scheduler.prediction_type={kind}: v_prediction is asked")
     cdf = timestep_quantiles(scheduler, uniform, log_sigma_mean, log_sigma_std).to(device)
     images = images.to(device)
 
@@ -392,6 +402,22 @@ def half(network: ModelMixin) -> ModelMixin:
     return copy.deepcopy(network).half()
 
 
+def _make(cfg: DictConfig, key: str, kind: type) -> Any:
+    """What the config `key` makes. UserError unless it is a `kind`."""
+    config = OmegaConf.to_container(cfg[key], resolve=True)
+    if not isinstance(made := make(config, key), kind):
+        raise UserError(f"{key}._target_={config['_target_']}: a {kind.__name__} is asked")
+    return made
+
+
+def _budget(cfg: DictConfig) -> Budget:
+    known = {field.name for field in fields(Budget)}
+    for key, value in cfg.budget.items():
+        if key not in known:
+            raise UserError(f"budget.{key}={value}: unknown; nearest: {nearest(str(key), known)}")
+    return Budget(**cfg.budget)
+
+
 def run_denoiser(cfg: DictConfig) -> None:
     """Train the denoiser of `cfg`; `run_dir/model` is a diffusers pipeline folder at every save.
 
@@ -401,16 +427,26 @@ def run_denoiser(cfg: DictConfig) -> None:
     images, _ = cifar10.load("train", cfg.data.path, cfg.data.download)
     test_images, _ = cifar10.load("test", cfg.data.path, cfg.data.download)
     out, device = Path(cfg.run_dir), use_device(cfg.device, cfg.threads)
-    metric = instantiate(cfg.fd_cifar).to(device)
+    metric = _make(cfg, "fd_cifar", Metric).to(device)
     torch.manual_seed(0)
-    unet, scheduler = instantiate(cfg.unet, _convert_="all"), instantiate(cfg.scheduler)
+    unet, scheduler = _make(cfg, "unet", UNet2DModel), _make(cfg, "scheduler", DDPMScheduler)
+    shape = tuple(images.shape[1:])
+    try:
+        made = unet(torch.zeros(1, *shape), torch.tensor([0])).sample.shape[1:]
+    except Exception as error:  # whatever its layers stumble on
+        raise UserError(f"unet: does not take {shape} ({first_line(error)})") from None
+    if made != shape:
+        raise UserError(f"unet: makes {tuple(made)} of {shape}; the same is asked")
 
     def on_save(model: UNet2DModel) -> None:
         pipeline = DDPMPipeline(half(model), scheduler)
         pipeline.save_pretrained(out / "model")
 
     def report(model: UNet2DModel) -> dict:
-        samples = sample(model, scheduler, cfg.report_images)
+        try:
+            samples = sample(model, scheduler, cfg.report_images)
+        except FloatingPointError as error:
+            raise RunError(f"scheduler: no images come of it ({error})") from None
         (out / "grids").mkdir(exist_ok=True)
         name = f"{len(list((out / 'grids').iterdir())):04d}.png"
         save_image(samples[:64] / 2 + 0.5, out / "grids" / name, nrow=8, padding=2)
@@ -425,7 +461,7 @@ def run_denoiser(cfg: DictConfig) -> None:
             "sample_std": round(samples.std().item(), 3),
         }
 
-    budget = Budget(**cfg.budget)
+    budget = _budget(cfg)
     train_denoiser(unet, scheduler, images, budget, out, on_save, report, device, **cfg.timesteps)
 
 
@@ -443,9 +479,9 @@ def run_features(cfg: DictConfig) -> None:
             right += (model.head(model(view.to(device))).argmax(1).cpu() == label).sum().item()
         return {"test_accuracy": right / len(test_labels)}
 
-    network = instantiate(cfg.network)
+    network = _make(cfg, "network", FeatureNetwork)
     network = train_classifier(
-        network, images, labels, Budget(**cfg.budget), out, report=report, device=device
+        network, images, labels, _budget(cfg), out, report=report, device=device
     )
     half(network).save_pretrained(out / "model")
     # As it is read back: half precision has rounded the weights.

@@ -20,7 +20,7 @@ VALUES = {
     "lml.damping=nan": "lml.damping=nan.*> 0",
     "lml.damping=much": "lml.damping=much.*> 0",
     "lml.damping=[8,null]": r"lml.damping=\[8.0, None\]: has 2 entries for \d+ steps",
-    "lml.damping=[8,-1]": r"lml.damping=\[8, -1\].*> 0 and of None",
+    "lml.damping=[8,-1]": r"lml.damping\[1\]=-1: null or a number > 0 is asked",
     "lml.kappa=1.5": "lml.kappa=1.5.*0.*1",
     "lml.kappa=-0.1": "lml.kappa=-0.1.*0.*1",
     "lml.freeze=2": "lml.freeze=2.*0.*1",
@@ -45,6 +45,20 @@ VALUES = {
     "batch_size=0": "batch_size=0.*at least 1",
     "seed=-1": "seed=-1.*at least 0",
     "threads=0": "threads=0.*at least 1",
+    "threads=100000000": "threads=100000000.* to 1024 .of more the system starts none",
+    "num_images=1000000000000": "num_images=1000000000000.* to 10000000 .a run's files",
+    "model.sample_size=1000000": "model.sample_size=1000000.* to 16384 .a larger image",
+    "~nfe": "nfe: missing; a whole number",
+    "~threads": "threads: missing; null or a whole number",
+    "solver.scheduler=null": "solver.scheduler=null: a group with a _target_",
+    "solver=ddim solver.step.eta=null": "solver.step.eta=null: a number",
+    "solver.scheduler._target_=0.5": "solver.scheduler._target_=0.5: the dotted name",
+    "model.scheduler=[a]": "model.scheduler=.*: null or a group with a _target_",
+    "+model.scheduler._target_=builtins.dict": "_target_=builtins.dict: a scheduler is",
+    "reference={a:1}": "reference={.*}: a path is asked",
+    "attention={a:1}": "attention={.*}: null or one of math",
+    "name=a/../b": "name=a/../b: a folder's name",
+    "name=5": "name=5: a folder's name",
     f"device={ABSENT}": f"device={ABSENT}.*auto.*cpu",
     "device=gpu": "device=gpu.*auto.*cpu",
     "device=meta": "device=meta.*auto.*cpu",
@@ -52,8 +66,8 @@ VALUES = {
     "compile=maybe": "compile=maybe.*true or false",
     "model.patch=0": "model.patch=0.*at least 1",
     "model.patch=2": "model.patch=2.*3 channels",
-    "model.sample_size=0": "model.sample_size=0: null, or a multiple of 1, is asked",
-    "model.sample_size=8.5": "model.sample_size=8.5: null, or a multiple of 1",
+    "model.sample_size=0": "model.sample_size=0: null or a whole number of at least 1",
+    "model.sample_size=8.5": "model.sample_size=8.5: null or a whole number",
     "model.path=nowhere": "model.path=nowhere: no such folder",
     "model.path=null": "model.path=null.*model.hub_id",
     "solver=ddim grid=lu": "grid=lu: ddim has no use_lu_lambdas.*trailing",
@@ -93,6 +107,9 @@ VALUES = {
         "metrics.convergence.solver=dimm: unknown; nearest: ddim"
     ),
 }
+
+VALUES["name=" + 300 * "x"] = "name=x+...: a folder's name"
+VALUES["reference=" + 300 * "x"] = "reference=x+...: a path is asked, of names of at most 255 bytes"
 
 
 def one_line(outcome, pattern: str) -> None:

@@ -349,7 +349,7 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
     [
         (["nfe=1"], "nfe=1"),
         (["objective=beauty"], "objective=beauty"),
-        (["ranks=[0]"], "ranks="),
+        (["ranks=[0]"], "ranks[0]=0"),
         (["solver.step.eta=1.0"], "adds noise"),
         (["solver=dpmsolverpp", "solver.scheduler.algorithm_type=sde-dpmsolver++"], "adds noise"),
         (["fine.solver=none"], "fine.solver=none"),

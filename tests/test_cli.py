@@ -121,9 +121,9 @@ def test_an_error_is_told_even_when_its_way_out_is_cut_short(script, toy, monkey
 def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monkeypatch):
     write_manifest = runner.RunFolder.write_manifest
 
-    def impatient(self, count):
+    def impatient(self, *args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return write_manifest(self, count)
+        return write_manifest(self, *args, **options)
 
     monkeypatch.setattr(runner.RunFolder, "write_manifest", impatient)
     outcome = script("sample", *toy, "run_dir=run")
@@ -136,6 +136,7 @@ def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monk
 # Two overrides of each script, and what it cannot do without.
 OVERRIDES = {
     "benchmark": ("threads=3", "nfe=7"),
+    "calibrate": ("threads=3", "nfe=7"),
     "evaluate": ("threads=3", "batch_size=7"),
     "export": ("run_dir=there", "out=here", "layout=t2i_compbench"),
     "sample": ("threads=3", "nfe=7"),

@@ -115,7 +115,8 @@ def test_refused_cells_are_skipped_and_the_same_run_is_made_once(script, tmp_pat
 def test_nothing_is_made_when_there_is_nothing_to_make(script, tmp_path, arguments, line):
     outcome = script("sample", *TOY, *arguments.split())
     if line == ".*":  # a value that one cell refuses is another matter
-        assert outcome.code == 0 and statuses(tmp_path) == ["done", "refused"]
+        assert outcome.code == 0 and statuses(tmp_path) == ["done"]
+        assert "nfe=x: a whole number of at least 1 is asked; skipped" in outcome.err
         return
     assert outcome.code == 2 and re.fullmatch(f"{line}\n", outcome.err), outcome.err
     assert not (tmp_path / "outputs/study").exists()
@@ -272,7 +273,7 @@ def test_a_cell_is_what_hydra_makes_of_its_overrides(script, monkeypatch):
         for overrides in [*OVERRIDES, *OVERRIDES]:
             cfg = loader.load_sweep_config(config, overrides)
             cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-            cli._complete(cfg)
+            cli.complete(cfg, "sample")
             assert composer(overrides) == OmegaConf.to_container(cfg, resolve=True), overrides
             seen.append(overrides)
         for wrong in (["lml.dampin=3"], ["solver=dimm"], ["nfe.x=3"], ["~nf"], ["+nfe=3"]):
@@ -348,10 +349,8 @@ def test_sweeps_of_one_name_add_up(script, tmp_path, capfd):
     assert kept(tmp_path)["commands"] == both["commands"]
     path.write_text("cells: [")
     outcome = script("sample", *TOY, "nfe=3,5")
-    assert (
-        outcome.code == 0
-        and outcome.err
-        == "outputs/study/sweep.yaml: not a sweep's; kept as sweep.yaml.broken, and written anew\n"
+    assert outcome.code == 0 and outcome.err.startswith(
+        "outputs/study/sweep.yaml: not a sweep's; kept as sweep.yaml.broken, and written anew ("
     )
     assert path.with_name("sweep.yaml.broken").read_text() == "cells: ["
     assert [cell["nfe"] for cell in kept(tmp_path)["cells"]] == [3, 5]
@@ -561,7 +560,7 @@ def test_a_search_in_which_all_is_lost(script, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="NOT TESTED: no optuna extra")
     arguments = ["sweep=optuna", "sweep.objective=convergence/cosine", "hydra.sweeper.n_trials=2"]
     outcome = script("sample", *SEARCH, *arguments, "lml.damping=-1")
-    assert outcome.code == 2 and "lml.damping=-1: lml.damping=-1: must be" in outcome.err
+    assert outcome.code == 2 and "lml.damping=-1: lml.damping=-1: null or a n" in outcome.err
     assert "Traceback" not in outcome.err and not (tmp_path / "outputs/study").exists()
 
 

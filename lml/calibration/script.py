@@ -12,12 +12,11 @@ import torch
 from diffusers import SchedulerMixin
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from lml import runner
+from lml import runner, schema
 from lml.calibration import stored
 from lml.calibration.search import (
     CalibrationError,
@@ -27,26 +26,42 @@ from lml.calibration.search import (
     calibrate,
     most_evaluations,
 )
-from lml.configs import compose
 from lml.device import use_device
-from lml.errors import UserError, say
+from lml.errors import UserError, first_line, say
+from lml.files import read_object
+from lml.instances import make
 from lml.pipelines import find, pixel
 from lml.processes import joined, on_first, rank_and_world
-from lml.store import canonical, disk_error, read_json, write_json
+from lml.store import (
+    RunError,
+    canonical,
+    check_output,
+    disk_error,
+    sealed,
+    why_not_sealed,
+    write_json,
+)
 
 STATE = "state.json"  # where a search goes on
-OBJECTIVES = ("rmse", "features")
 ADDS_NOISE = ("sde-dpmsolver", "sde-dpmsolver++")
 
 
 def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.device) -> Objective:
     """What samples are compared by: their own space, or features of the images."""
     if cfg["objective"] == "features":
-        network = instantiate(cfg["extractor"]).to(device).eval().requires_grad_(False)
+        network = make(cfg["extractor"], "extractor")
+        if not isinstance(network, nn.Module):
+            target = cfg["extractor"]["_target_"]
+            raise UserError(f"extractor._target_={target}: a network is asked")
+        network = network.to(device).eval().requires_grad_(False)
 
         @torch.no_grad()
         def features(images: Tensor) -> Tensor:
-            return network(pixel.to_uint8(images)).flatten(1)
+            try:
+                return network(pixel.to_uint8(images)).flatten(1)
+            except Exception as error:  # whatever its layers stumble on
+                size, reason = tuple(images.shape[1:]), first_line(error)
+                raise UserError(f"extractor: does not take images of {size} ({reason})") from None
 
         return Objective("features", features, features)
     if model.has_latents:
@@ -64,16 +79,10 @@ def _flat(samples: Tensor) -> Tensor:
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a value that is out of its range."""
-    lowest = {"nfe": 2, "seed": 0, "searched": 1, "unseen": 1, "batch_size": 1, "rounds": 1}
-    runner.check_whole(cfg, lowest)
-    runner.check_whole({**cfg["fine"], "threads": None}, {"nfe": 2})
-    if cfg["objective"] not in OBJECTIVES:
-        raise UserError(f"objective={cfg['objective']}: one of {', '.join(OBJECTIVES)} is expected")
-    ranks = cfg["ranks"]
-    whole = isinstance(ranks, list) and all(type(rank) is int and rank >= 1 for rank in ranks)
-    if not whole or not ranks:
-        raise UserError(f"ranks={ranks}: a list of whole numbers of at least 1 is expected")
+    """UserError for a config that is not configs/calibrate.yaml's, or can't be calibrated."""
+    schema.check(cfg, schema.Calibrate)
+    if not cfg["ranks"]:
+        raise UserError("ranks=[]: at least one is asked")
     step = cfg["solver"].get("step") or {}
     kind = (cfg["solver"].get("scheduler") or {}).get("algorithm_type")
     if step.get("eta") or kind in ADDS_NOISE:
@@ -90,13 +99,10 @@ def make_problem(
     cfg: Mapping[str, Any], model: runner.Model, scheduler: SchedulerMixin, device: torch.device
 ) -> Problem:
     """The problem that the config `cfg` (configs/calibrate.yaml) describes."""
-    folder = runner.ROOT / "configs/solver"
     name = cfg["fine"]["solver"]
-    if not (folder / f"{name}.yaml").is_file():
-        raise UserError(f"fine.solver={name}: unknown; see configs/solver")
     fine = {
         **cfg,
-        "solver": OmegaConf.to_container(compose(f"+solver={name}").solver),
+        "solver": runner.read_solver(name, "fine.solver"),
         "grid": {},
         "lml": {"rank": 0},
         "nfe": cfg["fine"]["nfe"],
@@ -118,17 +124,18 @@ def make_problem(
         if solver is fine_scheduler:
             key = canonical({**about, "decode": decode, "indices": list(indices)})
             if key not in _fine:
-                _fine[key] = make(solver, steps, indices)
+                _fine[key] = solve(solver, steps, indices)
             return _fine[key]
-        return make(solver, steps, indices, **step)
+        return solve(solver, steps, indices, **step)
 
-    def make(solver: SchedulerMixin, steps: int, indices: Sequence[int], **options: Any) -> Tensor:
+    def solve(solver: SchedulerMixin, steps: int, indices: Sequence[int], **options: Any) -> Tensor:
         texts = None if prompts is None else [prompts.texts[i] for i in indices]
         seeds = [cfg["seed"] + i for i in indices]
-        try:
-            images = sampler(solver, steps, seeds, texts, decode=decode, **options)
-        except FloatingPointError as error:
-            raise UserError(f"model={model.name}: {error}") from None
+        with runner.guarded(cfg, model, device):
+            try:
+                images = sampler(solver, steps, seeds, texts, decode=decode, **options)
+            except FloatingPointError as error:
+                raise RunError(f"model={model.name}: {error}") from None
         return images.float()
 
     return Problem(
@@ -150,7 +157,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     check(config)
-    runner.check({**config, "num_images": 1})
     device = use_device(config["device"], config["threads"])
     with joined():
         model = find(config["model"])
@@ -169,6 +175,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    check_output(folder, "run_dir")
     file = folder / stored.FILE
     if file.exists() and not overwrite:
         values = stored.read(file, "run_dir")
@@ -180,6 +187,24 @@ def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[st
     except OSError as error:
         raise disk_error(folder, error) from None
     return None
+
+
+def _read_state(path: Path, whole: Mapping[str, Any]) -> dict[str, Progress]:
+    """Where the searches of `whole`, the settings and the protocol, were interrupted, by key."""
+    try:
+        kept = read_object(path, schema.CalibrationState)
+        reason = why_not_sealed(kept, STATE)
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        kept, reason = {}, str(error).removeprefix(f"{path}: ")
+    if reason:
+        say(f"{path}: {reason}; the search begins anew")
+        return {}
+    if canonical(kept["of"]) != canonical(whole):
+        return {}
+    searches = [Progress(**progress) for progress in kept["searches"]]
+    return {progress.key: progress for progress in searches}
 
 
 def _store(folder: Path, values: Mapping[str, Any]) -> None:
@@ -208,15 +233,13 @@ def _calibrate(
     }
     first, _ = rank_and_world()
     whole = {"settings": settings, "protocol": protocol}
-    states = {}
-    if (kept := read_json(folder / STATE)) and kept.get("of") == whole:
-        states = {key: Progress(**progress) for key, progress in kept["searches"].items()}
+    states = on_first(lambda: _read_state(folder / STATE, whole))
 
     def save(progress: Progress) -> None:
         states[progress.key] = progress
-        searches = {key: asdict(progress) for key, progress in states.items()}
         if first == 0:
-            write_json(folder / STATE, {"of": whole, "searches": searches})
+            searches = [asdict(progress) for progress in states.values()]
+            write_json(folder / STATE, sealed({"of": whole, "searches": searches}, STATE))
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])

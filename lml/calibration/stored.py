@@ -9,7 +9,9 @@ from typing import Any
 from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.store import differences, read_json, sealed, settings_hash, why_not_sealed
+from lml.files import read_object
+from lml.schema import LML, CalibrationFile
+from lml.store import differences, sealed, settings_hash, why_not_sealed
 
 FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")
@@ -48,12 +50,14 @@ def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def read(path: Path, key: str) -> dict[str, Any]:
     """A calibration's file. UserError, naming `key`, where it is damaged or was edited."""
     path = path / FILE if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{key}={path}: there is no such file")
-    values = read_json(path)
-    lml, settings = values.get("lml"), values.get("settings")
-    if not isinstance(lml, dict) or not isinstance(settings, dict):
-        raise UserError(f"{key}={path}: not a calibration that scripts/calibrate.py made")
+    try:
+        values = read_object(path, CalibrationFile)
+    except FileNotFoundError:
+        raise UserError(f"{key}={path}: there is no such file") from None
+    except UserError as error:
+        raise UserError(
+            f"{key}={error}; not a calibration that scripts/calibrate.py made"
+        ) from None
     if reason := why_not_sealed(values, "calibration"):
         raise UserError(f"{key}={path}: {reason}; make it again")
     return values
@@ -83,7 +87,7 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     lml = cfg["lml"]
     if "calibration" not in lml:
         return dict(cfg)
-    settings = settings_of(cfg, model, lml["objective"])
+    settings = settings_of(cfg, model, lml.get("objective", LML.objective))
     if lml["calibration"] is not None:
         values = read(Path(lml["calibration"]), "lml.calibration")
         if found := differences(settings, values["settings"]):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lml.data.assets import locate
 from lml.errors import UserError
-from lml.files import replacing
+from lml.files import load_json, replacing
+from lml.schema import Statistics, check
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -145,7 +146,8 @@ class ReferenceStatistics:
                 if any_origin and "protocol" not in file:
                     count, protocol = None, {}
                 else:
-                    count, protocol = int(file["count"]), json.loads(str(file["protocol"]))
+                    count, protocol = int(file["count"]), load_json(str(file["protocol"]))
+                    check(protocol, Statistics, "protocol")
                 keep = features and "features" in file
                 kept = torch.from_numpy(file["features"]) if keep else None
         except Exception as error:  # zip, pickle, key and JSON errors all mean the same here

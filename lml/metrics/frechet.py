@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 from lml.data.assets import locate
 from lml.data.references import Reference, check_size
 from lml.data.statistics import ReferenceStatistics, describe, mean_and_covariance
-from lml.errors import UserError
+from lml.errors import UserError, first_line
 from lml.metrics.features import FeatureNetwork
 
 
@@ -168,7 +168,7 @@ def load_features(path: str | Path, key: str = "features") -> FeatureNetwork:
             trust_remote_code=False,
         )
     except Exception as error:  # safetensors, JSON and shape errors share no base class
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{key}={folder}: not a FeatureNetwork ({reason})") from None
 
 

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 
 from lml.data.assets import locate
 from lml.errors import UserError
-from lml.files import load_json
+from lml.files import read_object
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -123,8 +123,8 @@ def load_network(
         names = " or ".join(weights)
         raise UserError(f"{key}={source}: no {names} in {folder}; the weights of {kind} are asked")
     try:
-        model_type = load_json(folder / "config.json")["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        model_type = read_object(folder / "config.json").get("model_type")
+    except (FileNotFoundError, UserError):
         raise UserError(f"{key}={source}: no model's config.json in {folder}") from None
     if model_type not in MODEL_TYPES[kind]:
         raise UserError(f"{key}={source}: a {model_type}; {MODEL_TYPES[kind][0]} is asked")

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lml.data.assets import locate
-from lml.errors import UserError
-from lml.files import load_json, weights_hash
+from lml.errors import UserError, first_line
+from lml.files import read_object, weights_hash
 from lml.instances import is_scheduler, make
+from lml.schema import Network, PartConfig, check_call
 
 ROOT_STEM = "diffusion_pytorch_model"  # of weights that lie in no folder of their own
 STEMS = {".safetensors": "(diffusion_pytorch_model|model)", ".bin": "(diffusion_)?pytorch_model"}
@@ -151,13 +152,13 @@ def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, A
     """config.json of the network in `folder`. UserError unless it is one of `classes`."""
     expected = " or ".join(classes)
     try:
-        config = load_json(folder / "config.json")
-        name = config["_class_name"]
+        config = read_object(folder / "config.json", PartConfig)
     except FileNotFoundError:
         where = f"config.json or {folder.name}/config.json" if folder.name else "config.json"
         raise UserError(f"{key}: no {expected} in it ({where})") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{key}: {folder / 'config.json'} is not a diffusers config") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}; config.json is not a diffusers config") from None
+    name = config["_class_name"]
     if name not in classes:
         raise UserError(f"{key}: a {name}; a {expected} is asked")
     return config
@@ -174,7 +175,7 @@ class Weights:
     @property
     def sha256(self) -> str:
         """Over the network's config and weights, wherever they lie."""
-        config = load_json(self.folder / "config.json")
+        config = read_object(self.folder / "config.json", Network)
         kept = {key: value for key, value in config.items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
         for file in self.files:
@@ -232,6 +233,8 @@ def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> n
 
     UserError when a weight is missing, left over or of another shape, or a file is broken.
     """
+    config = read_object(weights.folder / "config.json", Network)
+    check_call(cls, config, f"{key}: config.json", lenient=True)
     try:
         with quiet():
             network, report = cls.from_pretrained(
@@ -260,10 +263,10 @@ def read_scheduler(
     That is `config["scheduler"]` where it is given, else what the folder `root` holds.
     """
     if config.get("scheduler"):
-        return make_part(config["scheduler"], "model.scheduler"), config["scheduler"]
+        return make_scheduler(config["scheduler"]), config["scheduler"]
     folder = root / "scheduler" if (root / "scheduler").is_dir() else root
     try:
-        stored = load_json(folder / "scheduler_config.json")
+        stored = read_object(folder / "scheduler_config.json", PartConfig)
         from lml import schedulers
 
         name = stored["_class_name"]
@@ -271,23 +274,31 @@ def read_scheduler(
         if not is_scheduler(home.__name__, name):
             raise ValueError(f"{name} is none of diffusers' or lml's")
         schedule = {k: v for k, v in stored.items() if k != "_diffusers_version"}
-        return getattr(home, name).from_config(stored), schedule
+        check_call(getattr(home, name), stored, "scheduler_config.json", lenient=True)
+        with quiet():
+            return getattr(home, name).from_config(stored), schedule
     except FileNotFoundError:
         raise UserError(
             f"{key}: no scheduler_config.json in it; give the noise schedule as model.scheduler"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever a scheduler stumbles on in numbers that are no schedule
+        reason = first_line(error)
         raise UserError(
             f"{key}: {folder / 'scheduler_config.json'} makes no scheduler ({reason})"
         ) from None
 
 
-def make_part(config: Any, key: str) -> Any:
-    """What a `_target_` makes; anything else as it is."""
-    if not isinstance(config, Mapping) or "_target_" not in config:
-        return config
+def make_part(config: Mapping[str, Any], key: str) -> Any:
+    """What a `_target_` makes."""
     return make(config, f"{key}={config['_target_']}")
+
+
+def make_scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
+    """The noise schedule that `model.scheduler` makes. UserError where it makes anything else."""
+    made = make_part(config, "model.scheduler")
+    if not isinstance(made, SchedulerMixin):
+        raise UserError(f"model.scheduler._target_={config['_target_']}: a scheduler is asked")
+    return made
 
 
 class GroupNormInFloat32(nn.GroupNorm):

@@ -160,8 +160,10 @@ def find(config: Mapping[str, Any]) -> PixelModel:
     make images of another size than its own. UserError when there is no such model.
     """
     if config.get("network"):
-        made = {key: config[key] for key in ("network", "scheduler")}
-        scheduler = loading.make_part(made["scheduler"], "model.scheduler")
+        made = {key: config.get(key) for key in ("network", "scheduler")}
+        if made["scheduler"] is None:
+            raise UserError("model.scheduler=null: the noise schedule is asked, of model.network")
+        scheduler = loading.make_scheduler(made["scheduler"])
         return PixelModel(config["name"], made, scheduler, config)
     patch = config.get("patch", 1)
     if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:

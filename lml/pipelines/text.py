@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lml.data.assets import locate
 from lml.data.images import read
-from lml.errors import UserError
-from lml.files import load_json, read_bytes
+from lml.errors import UserError, first_line
+from lml.files import read_bytes, read_object
 from lml.instances import SCHEDULERS
 from lml.pipelines import loading
+from lml.schema import PipelineIndex
 
 # Where the classes of a pipeline's parts are from.
 LIBRARIES = ("diffusers", "transformers", *SCHEDULERS[1:])
@@ -177,7 +178,7 @@ class TextSampler:
             # Such an option is diffusers' affair, and some fail in it: clip_skip does with
             # transformers 5.
             given = ", ".join(f"{key}={value}" for key, value in self.extra.items())
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"model.call: {type(self.pipe).__name__} fails with {given} ({reason})"
             ) from error
@@ -279,12 +280,11 @@ def _check(config: Mapping[str, Any]) -> None:
 
 def _read_index(root: Path, key: str) -> dict[str, Any]:
     try:
-        index = load_json(root / "model_index.json")
-        index["_class_name"].endswith("Pipeline")
+        index = read_object(root / "model_index.json", PipelineIndex)
     except FileNotFoundError:
         raise UserError(f"{key}: no pipeline in it (model_index.json)") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{key}: {root / 'model_index.json'} describes no pipeline") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}; it describes no pipeline") from None
     for part, value in index.items():
         if isinstance(value, list) and value != [None, None] and part not in LEFT_OUT:
             _check_class(value, f"{key}: its {part}")
@@ -306,7 +306,7 @@ def _check_class(value: list, label: str) -> None:
 
 def _networks(root: Path) -> dict[str, tuple[str, str]]:
     """(library, class) of each part of a pipeline that holds weights and is used."""
-    index = load_json(root / "model_index.json")
+    index = read_object(root / "model_index.json", PipelineIndex)
     return {
         name: tuple(value)
         for name, value in index.items()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lml.data.images import open_image
-from lml.errors import UserError, nearest
-from lml.files import file_hash, load_json, load_yaml, open_regular
-from lml.store import canonical, image_name, read_config, read_json, sealed, why_not_sealed
+from lml.errors import UserError, first_line, nearest
+from lml.files import file_hash, open_regular, read_object
+from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find
+from lml.store import canonical, image_name, read_config, sealed, why_not_sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
-STATUSES = ("done", "missing", "failed", "refused")
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,6 @@ class Result:
     images_per_second: float
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A run that the study's sweep asks for."""
-
-    overrides: list[str]
-    run: str | None  # name of its folder
-    solver: str
-    grid: str
-    lml: dict[str, Any]
-    nfe: int
-    seed: int
-    num_images: int
-    model: str
-    dtype: str
-    status: str
-    reason: str | None
-
-
 def is_timing(metric: str) -> bool:
     """Whether it comes from timing.json."""
     return metric.startswith("timing/")
@@ -77,15 +59,19 @@ def collect(folder: Path, say: Say) -> list[Result]:
     """
     results = []
     for run in sorted(path.parent for path in folder.glob("*/manifest.json")):
-        manifest = read_json(run / "manifest.json")
+        manifest = _read(run / "manifest.json", say, Manifest)
         if not manifest.get("complete"):
             continue
-        if file_hash(run / "config.yaml") != manifest.get("config_sha256"):
-            say(f"{run / 'config.yaml'}: was edited after the run; the run is not used")
+        try:
+            if file_hash(run / "config.yaml") != manifest["config_sha256"]:
+                say(f"{run / 'config.yaml'}: was edited after the run; the run is not used")
+                continue
+            setting = _setting(run, read_config(run, RunConfig))
+        except (OSError, UserError) as error:
+            say(f"{first_line(error)}; the run is not used")
             continue
-        setting = _setting(run, read_config(run))
         sha256 = manifest["settings_sha256"]
-        timing = _read(run / "timing.json", say)
+        timing = _read(run / "timing.json", say, Timing)
         if timing and (reason := why_not_sealed(timing, sha256, "timing")):
             say(f"{run / 'timing.json'}: {reason}; not used")
             timing = {}
@@ -95,26 +81,28 @@ def collect(folder: Path, say: Say) -> list[Result]:
             if isinstance(entry, dict) and (reason := why_not_sealed(entry, sha256, name)):
                 say(f"{run / 'metrics.json'}: {name} {reason}; not used")
                 continue
-            try:
-                values += _parts(name, entry)
-            except (TypeError, ValueError, KeyError, AttributeError):
-                say(f"{run / 'metrics.json'}: {name} is broken; not used")
+            if problem := find(Score, entry, name):
+                say(f"{run / 'metrics.json'}: {name} is broken; not used ({problem})")
+                continue
+            values += _parts(name, entry)
         results += [Result(**setting, **value) for value in values]
     return results
 
 
-def _read(path: Path, say: Say) -> dict[str, Any]:
+def _read(path: Path, say: Say, schema: Any = None) -> dict[str, Any]:
     """The JSON object in `path`; {} without the file, and for a broken one, which is said."""
     try:
-        value = load_json(path)
+        return read_object(path, schema)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        say(f"{path}: broken; not used")
+    except UserError as error:
+        say(f"{path}: broken; not used ({_reason(path, error)})")
         return {}
-    return value
+
+
+def _reason(path: Path, error: UserError) -> str:
+    """What is wrong with a file, without its name."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,15 +191,14 @@ def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
         return [], []
     try:
         # not by OmegaConf, to which the name of a run may be a number: 12345e6789
-        sweep = load_yaml(path)
-        keys = [field.name for field in fields(Cell)]
-        cells = [Cell(**{key: cell[key] for key in keys}) for cell in sweep["cells"]]
-        if not {cell.status for cell in cells} <= set(STATUSES):
-            raise ValueError
-        return [str(command) for command in sweep["commands"]], cells
-    except (OSError, ValueError, TypeError, KeyError):
-        say(f"{path}: broken; not used, so that no cell is known to be missing")
+        sweep = read_object(path, SweepFile)
+    except UserError as error:
+        reason = _reason(path, error)
+        say(f"{path}: broken; not used, so that no cell is known to be missing ({reason})")
         return [], []
+    keys = [field.name for field in fields(Cell)]
+    cells = [Cell(**{key: cell[key] for key in keys}) for cell in sweep["cells"]]
+    return sweep["commands"], cells
 
 
 # --- results.csv -------------------------------------------------------------------------------
