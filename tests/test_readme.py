@@ -99,6 +99,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_studies():
         assert cells == {nfe: theirs[solver, "trailing", lml][nfe] for nfe in cells}
 
 
+def test_the_calibrated_numbers_of_the_readme_are_those_of_the_study():
+    (table,) = [table for table in tables(README) if table[0][0] == "5 evaluations"]
+    names = {**SOLVERS, "DEIS-3": ("deis", "default")}
+    studies = [study("calibrated_cifar10", metric) for metric in ("convergence_rmse", "fd_cifar")]
+    for name, grid, *cells in table[2:]:
+        rows = [(names[name][0], grid, lml) for lml in ("off", "default", "calibrated")]
+        assert cells == [known[row]["5"] for known in studies for row in rows]
+
+
 def test_the_changes_with_more_images_are_those_of_its_results():
     (table,) = tables(ROOT / "experiments/count_cifar10/README.md")
     plain, matched = (study("count_cifar10", m) for m in ("fd_cifar", "fd_cifar_matched"))
