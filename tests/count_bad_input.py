@@ -122,7 +122,7 @@ TINY_UNET = [
     "unet.block_out_channels=[16]",
     "unet.down_block_types=[DownBlock2D]",
     "unet.up_block_types=[UpBlock2D]",
-    "+unet.norm_num_groups=4",
+    "unet.norm_num_groups=4",
     "unet.attention_head_dim=8",
     "report_images=2",
 ]

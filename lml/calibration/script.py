@@ -245,7 +245,7 @@ def _calibrate(
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
     total = most_evaluations(problem, len(searched), len(unseen), cfg["ranks"], cfg["rounds"])
     if first == 0:
-        say(f"at most {total:,} network evaluations")
+        print(f"at most {total:,} network evaluations", flush=True)
     bar = tqdm(total=total, unit="eval", unit_scale=True, disable=first > 0 or not cfg["progress"])
     try:
         with bar:
