@@ -267,7 +267,7 @@ def found(path) -> dict:
 def made(script, tmp_path):
     outcome = script("calibrate", *SMALL, *SEARCH)
     assert outcome.code == 0, outcome.err
-    assert re.match(r"at most [\d,]+ network evaluations", outcome.err)
+    assert re.match(r"at most [\d,]+ network evaluations", outcome.out)
     assert re.search(r"off 0\.\d+, default .* calibrated .*: calibrated; rank 1", outcome.out)
     (path,) = files(tmp_path)
     assert [p.name for p in path.parent.iterdir()] == ["calibration.json"]
