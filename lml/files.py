@@ -10,10 +10,12 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
+import numpy as np
 import yaml
 
 from lml.errors import UserError, first_line
@@ -21,6 +23,7 @@ from lml.schema import find, shown
 
 NAME_MAX = 255  # bytes of a file name, on all common file systems
 PATH_MAX = 3800  # bytes of a path: Linux takes 4095, and names are put behind it
+UNPACKED_MAX = 2**32  # bytes: features of 250,000 images, 4,096 numbers each in float32
 DEPTH = 64  # of groups in groups: nothing that we read has a tenth of it
 TOO_DEEP = "nested too deep"
 
@@ -38,6 +41,23 @@ def open_regular(path: str | Path) -> BinaryIO:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+@contextlib.contextmanager
+def open_arrays(path: str | Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an .npz, by name; each is read when it is asked for.
+
+    Zeros pack well: ValueError when the arrays unpack to more than `UNPACKED_MAX`. OSError as
+    `open_regular`, and what NumPy raises for a file that is none.
+    """
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+        if size > UNPACKED_MAX:
+            raise ValueError(f"it unpacks to {size:,} bytes; {UNPACKED_MAX:,} are the most")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            yield arrays
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -338,6 +338,19 @@ def test_two_processes_find_the_same(made, spawn, tmp_path):
     assert found(tmp_path / "two/calibration.json") == whole
 
 
+def test_features_may_be_compared(script, tmp_path):
+    """It is another calibration than that by pixels, and is found by its name."""
+    outcome = script("calibrate", *SMALL, *SEARCH, "objective=features", "rounds=1")
+    assert outcome.code == 0, outcome.err
+    (path,) = files(tmp_path)
+    values = json.loads(path.read_text())
+    errors = values["errors"]
+    assert errors["calibrated"]["searched"] < errors["off"]["searched"]
+    sample = ["sample", *SMALL, "lml=calibrated", "num_images=2", "metrics=none"]
+    assert script(*sample).code == 2
+    assert script(*sample, "lml.objective=features").code == 0
+
+
 def test_a_sweep_ends_with_the_best(script, tmp_path):
     outcome = script("calibrate", "-m", *SMALL, *SEARCH, "solver=ddim,ipndm")
     assert outcome.code == 0, outcome.err

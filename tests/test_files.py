@@ -20,6 +20,7 @@ from PIL import Image
 
 from lml import files, store, sweep
 from lml.data import cifar10, images, prompts
+from lml.data.statistics import ReferenceStatistics
 from lml.errors import UserError
 from lml.pipelines import loading, text
 from lml.report import figures, results
@@ -317,3 +318,14 @@ def test_a_name_that_leads_elsewhere(name):
 @pytest.mark.parametrize("name", ["a", "..a", "a b.png", "é" * 127, "a" * 255, "3d_spatial"])
 def test_a_plain_name(name):
     assert files.plain_name(name, "key") == name
+
+
+def test_arrays_that_unpack_to_too_much_are_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "statistics.npz"
+    np.savez_compressed(path, mu=np.zeros(1000), sigma=np.zeros((1000, 1000)))
+    assert path.stat().st_size < 20_000
+    with files.open_arrays(path) as arrays:
+        assert arrays["sigma"].shape == (1000, 1000)
+    monkeypatch.setattr(files, "UNPACKED_MAX", 1_000_000)
+    with pytest.raises(UserError, match="it unpacks to 8,0"):
+        ReferenceStatistics.load(path, any_origin=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lml.data.assets import locate
 from lml.errors import UserError
-from lml.files import load_json, replacing
+from lml.files import load_json, open_arrays, replacing
 from lml.schema import Statistics, check
 
 
@@ -141,7 +141,7 @@ class ReferenceStatistics:
                 f"{key}={path}: no such file; `python scripts/train.py train=features` makes it"
             )
         try:
-            with np.load(path) as file:
+            with open_arrays(path) as file:
                 mu, sigma = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
                 if any_origin and "protocol" not in file:
                     count, protocol = None, {}

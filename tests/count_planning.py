@@ -1,0 +1,51 @@
+"""How long a sweep takes before it makes anything: `python tests/count_planning.py [cells]`.
+
+Milliseconds for each cell that is refused or finished, of a tiny model; starting is left out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+ROOT = Path(__file__).parents[1]
+
+
+def sweep(folder: Path, *overrides: str) -> float:
+    """Seconds of a sweep over `overrides`."""
+    command = [sys.executable, str(ROOT / "scripts/sample.py"), "-m", f"model.path={folder}/model"]
+    command += ["num_images=1", "batch_size=1", "metrics=none", "threads=1", "progress=false"]
+    start = time.perf_counter()
+    subprocess.run([*command, *overrides], cwd=folder, capture_output=True, text=True)
+    return time.perf_counter() - start
+
+
+def main(cells: int) -> None:
+    dampings = ",".join(str(1 + k / 8) for k in range(cells))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        network = UNet2DModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+        )
+        schedule = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+        DDPMPipeline(network, schedule).save_pretrained(folder / "model")
+        one = sweep(folder, "nfe=2", "lml.damping=0.5")  # what starting costs
+        refused = sweep(folder, "nfe=2000", f"lml.damping={dampings}")
+        sweep(folder, "nfe=2", f"lml.damping={dampings}")
+        finished = sweep(folder, "nfe=2", f"lml.damping={dampings}")
+    for kind, seconds in (("refused", refused), ("finished", finished)):
+        print(f"{kind:9} {cells} cells: {(seconds - one) / cells * 1000:6.1f} ms a cell")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
