@@ -33,7 +33,6 @@ from lml.instances import make
 from lml.pipelines import find, pixel
 from lml.processes import joined, on_first, rank_and_world
 from lml.store import (
-    RunError,
     canonical,
     check_output,
     disk_error,
@@ -132,11 +131,7 @@ def make_problem(
         texts = None if prompts is None else [prompts.texts[i] for i in indices]
         seeds = [cfg["seed"] + i for i in indices]
         with runner.guarded(cfg, model, device):
-            try:
-                images = sampler(solver, steps, seeds, texts, decode=decode, **options)
-            except FloatingPointError as error:
-                raise RunError(f"model={model.name}: {error}") from None
-        return images.float()
+            return sampler(solver, steps, seeds, texts, decode=decode, **options).float()
 
     return Problem(
         sample,

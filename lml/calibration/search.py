@@ -231,12 +231,13 @@ class _Samples:
 
     def _solve(self, batch: _Batch) -> None:
         p = self.problem
-        samples = p.sample(p.fine_scheduler, p.fine_steps, batch.indices)
+        try:
+            samples = p.sample(p.fine_scheduler, p.fine_steps, batch.indices)
+            for part in ("search", "report"):
+                batch.fine[part] = _values(getattr(p.objective, part), samples)
+        except FloatingPointError as error:
+            raise CalibrationError(f"the fine solution: {error}") from None
         self.tell(_count_steps(p.fine_scheduler, p.fine_steps) * len(batch.indices))
-        if not samples.isfinite().all():
-            raise CalibrationError("the fine solution has values that are not finite")
-        for part in ("search", "report"):
-            batch.fine[part] = _values(getattr(p.objective, part), samples)
 
     def _differences(self, choice: Choice, part: str) -> list[Tensor]:
         """Of each batch, (B K,) float64: `part` of the objective, less the fine solution's."""
@@ -244,9 +245,13 @@ class _Samples:
         for batch in self.batches:
             if not batch.fine:
                 self._solve(batch)
-            samples = self._sample(batch, choice.apply(p.scheduler), p.steps)
-            values = _values(getattr(p.objective, part), samples)
-            differences.append((values - batch.fine[part]).flatten())
+            fine = batch.fine[part]
+            try:
+                samples = self._sample(batch, choice.apply(p.scheduler), p.steps)
+                values = _values(getattr(p.objective, part), samples)
+            except FloatingPointError:  # it diverges
+                values = torch.full_like(fine, math.inf)
+            differences.append((values - fine).flatten())
         self.tries += 1
         return differences
 
@@ -280,6 +285,8 @@ class _Samples:
 
 
 def _values(function: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    if not samples.isfinite().all():  # before rounding hides it
+        raise FloatingPointError("samples have values that are not finite")
     return function(samples).cpu().double()  # not all devices have float64
 
 
