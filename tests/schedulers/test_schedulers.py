@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from along import along
+from along import along, noise_from
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -66,18 +66,6 @@ def network(sample: Tensor, timestep: Tensor) -> Tensor:
 def scaled(scheduler, sample: Tensor, timestep: Tensor) -> Tensor:
     """What the network is given; flow matching has no scale_model_input."""
     return getattr(scheduler, "scale_model_input", lambda x, t: x)(sample, timestep)
-
-
-def noise_from(generator: torch.Generator | int, scheduler) -> dict:
-    """Options of a step with which a solver that adds noise takes it from `generator`, or a seed.
-
-    So that two trajectories can be compared, whatever the solver.
-    """
-    if "generator" not in inspect.signature(scheduler.step).parameters:
-        return {}
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
-    return {"generator": generator}
 
 
 def trajectory(scheduler, batch=2, dtype=torch.float32, seed=0, begin=0, steps=STEPS, **kwargs):
@@ -812,7 +800,10 @@ def test_the_parametrisation_of_the_network_does_not_matter(cls, options, kind):
                 "v_prediction": alpha * noise - sigma * clean,
             }
             added = noise_from(generator, scheduler)
-            x = scheduler.step(output[prediction_type], timestep, x, **added).prev_sample
+            try:
+                x = scheduler.step(output[prediction_type], timestep, x, **added).prev_sample
+            except NotImplementedError as error:  # diffusers' own
+                pytest.skip(str(error))
         results.append(x)
     assert (results[0] - results[1]).norm() < 1e-5 * results[0].norm()
 
