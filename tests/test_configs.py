@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method, get_object
 from omegaconf import OmegaConf
 from PIL import Image
+from tiny_pipelines import FLOW
 from torchmetrics import Metric
 
 from lml import configs, runner
@@ -184,7 +185,7 @@ def test_every_model_is_found_and_runs(script, tiny, model):
     cfg = composed(f"model={model}")["model"]
     if model == "ideal_cifar10" and cifar10.find(None) is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
-    flow = model.endswith("flow") or model in ("sd3", "flux")
+    flow = model.endswith("flow") or model in FLOW
     solver = "flow_euler" if flow else "dpmsolverpp"
     arguments = [*TOY, f"model={model}", f"solver={solver}", *tiny(cfg), "run_dir=run"]
     outcome = script("sample", *arguments)
@@ -239,8 +240,7 @@ def test_every_experiment_runs_at_toy_size(script, tiny, tmp_path, file):
     if "ideal_cifar10" in file.read_text() and cifar10.find(None) is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     experiment = f"experiment={file.stem}"
-    text = "sd" in file.stem  # its prompts are a file of the user's
-    cfg = composed(experiment, *(["prompts=none"] if text else []))
+    cfg = composed(experiment, "prompts=none")  # a text model's are a file of the user's
     arguments = [experiment, *TOY, *tiny(cfg["model"]), "dtype=float32", "logger=none"]
     arguments.append("compile=false")
     outcome = script("sample", *arguments)
