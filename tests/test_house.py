@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,25 @@ def test_no_circle():
 
     for name in graph:
         visit(name, ())
+
+
+def room_of(module: str, rooms: list[str]) -> str | None:
+    """The smallest room that `module` is in."""
+    around = [room for room in rooms if f"{module}.".startswith(f"lml.{room}.")]
+    return max(around, key=len, default=None)
+
+
+def test_imports_run_down_the_map_of_the_house():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    map_of_house = page[page.index("## The map") : page.index("## Extending")]
+    lines = [line.split(":")[0] for line in map_of_house.splitlines() if line.startswith("- ")]
+    rooms = [room for line in lines for room in re.findall(r"`([\w.]+)`", line)]
+    assert {f"lml.{room}" for room in rooms} <= set(MODULES)
+    for name, file in MODULES.items():
+        for other in imports_of(file):
+            above, below = room_of(name, rooms), room_of(other, rooms)
+            if above and below:
+                assert rooms.index(above) <= rooms.index(below), f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("name", ["lml.correction", "lml.numerics", "lml.damping"])

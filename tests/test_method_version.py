@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from along import noise_from
 from torch import Tensor
 
 from lml import schedulers
@@ -49,9 +50,10 @@ def numbers(cls: type, options: dict) -> list[float]:
     scheduler.set_timesteps(STEPS)
     ramp = torch.arange(2 * 3 * 4 * 4, dtype=torch.float64).reshape(2, 3, 4, 4)
     sample = 1.5 * torch.sin(1 + 1.7 * ramp) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    for timestep in scheduler.timesteps:
+    for k, timestep in enumerate(scheduler.timesteps):
         prediction = network(scaled(scheduler, sample, timestep), timestep)
-        sample = scheduler.step(prediction, timestep, sample).prev_sample.double()
+        added = noise_from(k, scheduler)
+        sample = scheduler.step(prediction, timestep, sample, **added).prev_sample.double()
     return [*sample[:, 1, 2, 3].tolist(), sample.norm().item()]
 
 

@@ -16,7 +16,7 @@ from lml.cli import CONFIGS
 from lml.data.assets import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "experiments").glob("**/README.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").glob("**/README.md"))]
 COMMAND = re.compile(r"python scripts/(\w+)\.py([^`#]*)")
 SOLVERS = {
     "DDIM": ("ddim", "default"),
@@ -39,7 +39,7 @@ def commands(page: Path) -> list[tuple[str, ...]]:
     return [(match[1], *shlex.split(match[2])) for match in found]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_every_command_on_a_page_composes(page):
     assert commands(page)
     for script, *arguments in commands(page):
@@ -55,6 +55,14 @@ def test_every_command_on_a_page_composes(page):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             for cell in itertools.product(*choices):
                 compose(script, list(cell))
+
+
+def test_the_readme_names_every_option_of_the_groups_in_its_table():
+    text = README.read_text()
+    for group in ("model", "solver", "grid", "prompts", "protocol", "sweep", "metrics"):
+        (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", text, re.M)
+        options = {file.stem for file in (CONFIGS / group).glob("*.yaml")} - {"none"}
+        assert options <= set(re.findall(r"`(\w+)`", row)), group
 
 
 def tables(page: Path) -> list[list[list[str]]]:

@@ -26,6 +26,7 @@ class Convergence(Metric):
 
     is_differentiable = False
     full_state_update = False
+    higher_is_better = None  # rmse is not, cosine is
     takes_latents = True
 
     def __init__(

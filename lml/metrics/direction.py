@@ -1,4 +1,4 @@
-"""Which way each metric is better."""
+"""Which way each metric is better, as its class says, without the import of its networks."""
 
 from __future__ import annotations
 

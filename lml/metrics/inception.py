@@ -303,6 +303,8 @@ class PrecisionRecall(_Compared):
     rows of one at a time (twice 2 GB for 50,000).
     """
 
+    higher_is_better = True
+
     def __init__(
         self,
         reference: str | Path | None = None,

@@ -34,6 +34,7 @@ class AlongTrajectory(Metric):
 
     is_differentiable = False
     full_state_update = False
+    higher_is_better = None  # of cosines it is, of other quantities not
     quantities: tuple[str, ...]
 
     def __init__(self, count: int, **kwargs):

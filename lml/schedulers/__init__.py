@@ -7,35 +7,13 @@ pipe.scheduler = LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.confi
 from diffusers import SchedulerMixin as SchedulerMixin
 
 from lml.schedulers.mixin import OPTIONS, PARAMETERS, LMLSchedulerMixin
-from lml.schedulers.solvers import (
-    LMLDDIMScheduler,
-    LMLDEISMultistepScheduler,
-    LMLDiscreteIPNDMScheduler,
-    LMLDPMSolverMultistepScheduler,
-    LMLDPMSolverSinglestepScheduler,
-    LMLEulerDiscreteScheduler,
-    LMLFlowMatchEulerDiscreteScheduler,
-    LMLHeunDiscreteScheduler,
-    LMLIPNDMScheduler,
-    LMLPNDMScheduler,
-    LMLUniPCMultistepScheduler,
-)
+from lml.schedulers.solvers import *  # noqa: F403  every solver, and no list of their names
 
 __all__ = [
     "OPTIONS",
     "PARAMETERS",
-    "LMLDDIMScheduler",
-    "LMLDEISMultistepScheduler",
-    "LMLDPMSolverMultistepScheduler",
-    "LMLDPMSolverSinglestepScheduler",
-    "LMLDiscreteIPNDMScheduler",
-    "LMLEulerDiscreteScheduler",
-    "LMLFlowMatchEulerDiscreteScheduler",
-    "LMLHeunDiscreteScheduler",
-    "LMLIPNDMScheduler",
-    "LMLPNDMScheduler",
     "LMLSchedulerMixin",
-    "LMLUniPCMultistepScheduler",
+    *(solver.__name__ for solver in LMLSchedulerMixin.__subclasses__()),
 ]
 
 # Saved pipelines and pickles name a class by its module: the public one, wherever the file is.

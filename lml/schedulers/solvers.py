@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    IPNDMScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
-from lml.schedulers.ipndm import DiscreteIPNDMScheduler
+from lml.schedulers import ipndm
 from lml.schedulers.mixin import LMLSchedulerMixin
 
 
-class LMLDDIMScheduler(LMLSchedulerMixin, DDIMScheduler):
+class LMLDDIMScheduler(LMLSchedulerMixin, diffusers.DDIMScheduler):
     """DDIM (arXiv 2010.02502) with LML; A = alpha_s / alpha_t."""
 
     convergence_order = 1
@@ -56,7 +45,7 @@ def _scalar(scheduler, integrates_x0: bool) -> Tensor:
     return sigma_s / sigma_t if integrates_x0 else alpha_s / alpha_t
 
 
-class LMLDPMSolverMultistepScheduler(LMLSchedulerMixin, DPMSolverMultistepScheduler):
+class LMLDPMSolverMultistepScheduler(LMLSchedulerMixin, diffusers.DPMSolverMultistepScheduler):
     """DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095), multistep, with LML."""
 
     targets = ("prediction", "increment")
@@ -72,11 +61,11 @@ class LMLDPMSolverMultistepScheduler(LMLSchedulerMixin, DPMSolverMultistepSchedu
         return _scalar(self, self.config.algorithm_type == "dpmsolver++") * sample, 1.0
 
 
-class LMLDPMSolverSinglestepScheduler(LMLSchedulerMixin, DPMSolverSinglestepScheduler):
+class LMLDPMSolverSinglestepScheduler(LMLSchedulerMixin, diffusers.DPMSolverSinglestepScheduler):
     """DPM-Solver and DPM-Solver++, singlestep, with LML."""
 
 
-class LMLUniPCMultistepScheduler(LMLSchedulerMixin, UniPCMultistepScheduler):
+class LMLUniPCMultistepScheduler(LMLSchedulerMixin, diffusers.UniPCMultistepScheduler):
     """UniPC (arXiv 2302.04867) with LML; the increment is the predictor's."""
 
     targets = ("prediction", "increment")
@@ -88,7 +77,7 @@ class LMLUniPCMultistepScheduler(LMLSchedulerMixin, UniPCMultistepScheduler):
         return _scalar(self, self.config.predict_x0) * self.last_sample, 1.0
 
 
-class LMLDEISMultistepScheduler(LMLSchedulerMixin, DEISMultistepScheduler):
+class LMLDEISMultistepScheduler(LMLSchedulerMixin, diffusers.DEISMultistepScheduler):
     """DEIS (arXiv 2204.13902) with LML."""
 
     targets = ("prediction", "increment")
@@ -97,7 +86,7 @@ class LMLDEISMultistepScheduler(LMLSchedulerMixin, DEISMultistepScheduler):
         return _scalar(self, integrates_x0=False) * sample, 1.0
 
 
-class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
+class LMLPNDMScheduler(LMLSchedulerMixin, diffusers.PNDMScheduler):
     """PNDM (arXiv 2202.09778) with LML."""
 
     convergence_order = 4
@@ -107,7 +96,7 @@ class LMLPNDMScheduler(LMLSchedulerMixin, PNDMScheduler):
         return self.counter  # timesteps are in its grid more than once
 
 
-class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
+class LMLIPNDMScheduler(LMLSchedulerMixin, diffusers.IPNDMScheduler):
     """Improved PNDM with LML; its own noise schedule, as in diffusers."""
 
     convergence_order = 4
@@ -117,14 +106,14 @@ class LMLIPNDMScheduler(LMLSchedulerMixin, IPNDMScheduler):
         return (self.timesteps * self.config.num_train_timesteps).tolist()  # its own are in [0, 1]
 
 
-class LMLDiscreteIPNDMScheduler(LMLSchedulerMixin, DiscreteIPNDMScheduler):
+class LMLDiscreteIPNDMScheduler(LMLSchedulerMixin, ipndm.DiscreteIPNDMScheduler):
     """Improved PNDM (arXiv 2204.13902) on a DDPM's noise schedule, with LML."""
 
     convergence_order = 4
     damping_of = "Adams-Bashforth"
 
 
-class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):
+class LMLEulerDiscreteScheduler(LMLSchedulerMixin, diffusers.EulerDiscreteScheduler):
     """Euler's method in sigma (arXiv 2206.00364) with LML; A = 1."""
 
     convergence_order = 1
@@ -147,13 +136,15 @@ class LMLEulerDiscreteScheduler(LMLSchedulerMixin, EulerDiscreteScheduler):
         return sample, 1.0
 
 
-class LMLHeunDiscreteScheduler(LMLSchedulerMixin, HeunDiscreteScheduler):
+class LMLHeunDiscreteScheduler(LMLSchedulerMixin, diffusers.HeunDiscreteScheduler):
     """Heun's method in sigma (arXiv 2206.00364) with LML, at each of its two evaluations."""
 
     convergence_order = 2
 
 
-class LMLFlowMatchEulerDiscreteScheduler(LMLSchedulerMixin, FlowMatchEulerDiscreteScheduler):
+class LMLFlowMatchEulerDiscreteScheduler(
+    LMLSchedulerMixin, diffusers.FlowMatchEulerDiscreteScheduler
+):
     """Euler's method on a flow-matching model (arXiv 2403.03206) with LML; A = 1."""
 
     convergence_order = 1

@@ -23,6 +23,7 @@ from lml.schedulers.ipndm import DiscreteIPNDMScheduler
 # diffusers means to drop algorithm_type="dpmsolver", and says so at every construction
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
+CLASSES = schedulers.LMLSchedulerMixin.__subclasses__()
 START, STOP = 999, 99
 STRIDES = (10, 5, 2)
 TOLERANCE = 0.16  # of a measured order; the largest deviation is UniPC-3's, 3.86 for 4
@@ -185,6 +186,35 @@ def test_order(name, options, order):
     measure = ERRORS.get(name, error)
     errors = [measure(make(name, options), stride) for stride in STRIDES]
     assert slope(errors) == pytest.approx(order, abs=TOLERANCE), errors
+
+
+def adds_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether a step depends on the generator that it is given."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return False
+    results = []
+    for seed in range(2):
+        scheduler.set_timesteps(5)
+        timestep, generator = scheduler.timesteps[0], torch.Generator().manual_seed(seed)
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+        step = scheduler.step(scale(noise(), timestep), timestep, noise(), generator=generator)
+        results.append(step.prev_sample)
+    return not torch.equal(*results)
+
+
+def test_every_solver_is_measured_and_knows_whether_it_is_of_first_order():
+    """All but those that add noise, which follow no flow. The default damping goes by the order."""
+    sde = schedulers.LMLDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    assert adds_noise(sde)
+    for cls in CLASSES:
+        if adds_noise(cls()):
+            continue
+        orders = [
+            order for name, _, order in SOLVERS.values() if cls.__name__ == f"LML{name}Scheduler"
+        ]
+        assert orders, f"{cls.__name__}: not in SOLVERS"
+        if "solver_order" not in inspect.signature(cls.__bases__[-1]).parameters:
+            assert {order == 1 for order in orders} == {cls.convergence_order == 1}, cls.__name__
 
 
 class ThirdOrder(DPMSolverMultistepScheduler):
