@@ -11,6 +11,7 @@ from typing import Any
 from diffusers import SchedulerMixin
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
 
 from lml.errors import UserError, first_line
 from lml.schema import Made, check, check_call
@@ -37,6 +38,8 @@ def make(config: Mapping[str, Any], label: str) -> Any:
 
     Arguments are held against the hints of what is called, at any depth.
     """
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True)
     try:
         check_arguments(config, label.partition("=")[0])
         return instantiate(config, _convert_="all")
