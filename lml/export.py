@@ -87,7 +87,8 @@ class T2ICompBench:
         for key, given in (("model", self.model), ("solver", self.sampler)):
             part = config.get(key)
             name = part.get("name") if isinstance(part, dict) else part
-            plain_name(given or name, f"run_dir={run_dir}: config.yaml: {key}.name")
+            if given is None:
+                plain_name(name, f"run_dir={run_dir}: config.yaml: {key}.name")
         check(config, RunConfig, f"run_dir={run_dir}: config.yaml")
         model = self.model or config["model"]["name"]
         sampler = self.sampler or _name_sampler(config)
