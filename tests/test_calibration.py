@@ -365,6 +365,16 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
         (["ranks=[0]"], "ranks[0]=0"),
         (["solver.step.eta=1.0"], "adds noise"),
         (["solver=dpmsolverpp", "solver.scheduler.algorithm_type=sde-dpmsolver++"], "adds noise"),
+        (["solver=euler", "grid=default", "+solver.step.s_churn=1.0"], "adds noise"),
+        (
+            [
+                "model=gaussian_flow",
+                "solver=flow_euler",
+                "grid=default",
+                "+solver.scheduler.stochastic_sampling=true",
+            ],
+            "adds noise",
+        ),
         (["fine.solver=none"], "fine.solver=none"),
         (["searched=0"], "searched=0"),
         (["solver=dpmsolver_released"], "released"),

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from lml.calibration.search import Calibration, Objective, Problem, calibrate
+from lml.calibration.search import Calibration, Objective, Problem, adds_noise, calibrate
 from lml.schedulers.mixin import LMLSchedulerMixin
 
 
@@ -57,8 +57,8 @@ def calibrate_pipeline(
         raise ValueError(f"samples={count}: at least 2 are expected")
     accepted = inspect.signature(pipe.__call__).parameters
     has_latents = "latents" in accepted
-    if call.get("eta"):
-        raise ValueError(f"eta={call['eta']}: adds noise, so that there is no fine solution")
+    if adds_noise(scheduler, call):
+        raise ValueError("the scheduler adds noise as it goes: no fine solution has the same noise")
 
     @torch.no_grad()
     def sample(solver: SchedulerMixin, steps: int, indices: Sequence[int]) -> Tensor:

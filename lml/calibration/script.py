@@ -23,6 +23,7 @@ from lml.calibration.search import (
     Objective,
     Problem,
     Progress,
+    adds_noise,
     calibrate,
     most_evaluations,
 )
@@ -42,7 +43,6 @@ from lml.store import (
 )
 
 STATE = "state.json"  # where a search goes on
-ADDS_NOISE = ("sde-dpmsolver", "sde-dpmsolver++")
 
 
 def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.device) -> Objective:
@@ -82,13 +82,6 @@ def check(cfg: Mapping[str, Any]) -> None:
     schema.check(cfg, schema.Calibrate)
     if not cfg["ranks"]:
         raise UserError("ranks=[]: at least one is asked")
-    step = cfg["solver"].get("step") or {}
-    kind = (cfg["solver"].get("scheduler") or {}).get("algorithm_type")
-    if step.get("eta") or kind in ADDS_NOISE:
-        raise UserError(
-            f"solver={cfg['solver']['name']}: adds noise as it goes, so that there is no fine "
-            "solution from the same noise"
-        )
 
 
 _fine: dict[str, Tensor] = {}  # solutions that the cells of a sweep share
@@ -158,6 +151,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         scheduler = runner.make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
         if not hasattr(scheduler, "dampings"):
             raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")
+        if adds_noise(scheduler, config["solver"].get("step") or {}):
+            raise UserError(
+                f"solver={config['solver']['name']}: adds noise as it goes, so that there is no "
+                "fine solution from the same noise"
+            )
         settings = stored.settings_of(config, model.settings, config["objective"])
         name = stored.folder_name(config, settings)
         folder = Path(config["run_dir"] or Path(stored.PLACES[0], name))

@@ -11,6 +11,7 @@ not evaluated again where nothing has changed.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +80,18 @@ class Choice:
 
 
 OFF = Choice(0)
+
+
+def adds_noise(scheduler: SchedulerMixin, step_options: Mapping[str, Any]) -> bool:
+    """Whether the scheduler adds noise as it goes: then no fine solution has the same noise."""
+    known = inspect.signature(type(scheduler)).parameters
+    own = {key: value for key, value in scheduler.config.items() if key in known}
+    return bool(
+        step_options.get("eta")
+        or step_options.get("s_churn")
+        or str(own.get("algorithm_type")).startswith("sde")
+        or own.get("stochastic_sampling")
+    )
 
 
 @dataclass
