@@ -173,7 +173,9 @@ def lay_out(folder: Path) -> None:
 def keep_ledger(folder: Path) -> None:
     ledger = Ledger(folder / "run")
     try:
-        cell = {"run": "abc", "overrides": ["nfe=2"], "status": "done"}
+        cell = {"run": "abc", "overrides": ["nfe=2"], "status": "done", "reason": None}
+        cell |= {"solver": "ddim", "grid": "default", "lml": {"rank": 0}, "model": "gaussian"}
+        cell |= {"nfe": 2, "seed": 0, "num_images": 2, "dtype": "float32"}
         ledger.write([cell])
     finally:
         ledger.close()
