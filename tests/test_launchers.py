@@ -151,7 +151,10 @@ def test_a_sweep_makes_the_images_of_this_process(script, toy, tmp_path, launche
     arguments = ["-m", f"hydra/launcher={launcher}", *toy, *cells]
     process = launch(ROOT / "scripts/sample.py", *arguments, cwd=here)
     (refused,) = lines_of(process.stderr)
-    assert process.returncode == 0 and "lml.rank=-1: lml.rank=-1: a whole number of at least 0" in refused
+    assert (
+        process.returncode == 0
+        and "lml.rank=-1: lml.rank=-1: a whole number of at least 0" in refused
+    )
     assert (
         "cifar10-dpmsolverpp: 3 cells, 1 refused; to make: 20 images, 80 evaluations, "
         "in a time that is not known yet\n"
