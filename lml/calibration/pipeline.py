@@ -23,7 +23,7 @@ def calibrate_pipeline(
     seed: int = 1_000_000,
     batch_size: int = 4,
     ranks: Sequence[int] = (1,),
-    rounds: int = 3,
+    rounds: int = 2,
     **call: Any,
 ) -> Calibration:
     """Choose the rank and the damping of each step of `pipe.scheduler`, and set them.

@@ -405,7 +405,7 @@ def calibrate(
     searched: Sequence[int],
     unseen: Sequence[int],
     ranks: Sequence[int] = (1,),
-    rounds: int = 3,
+    rounds: int = 2,
     states: Mapping[str, Progress] | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[int], None] = lambda evaluations: None,
