@@ -338,6 +338,16 @@ def test_two_processes_find_the_same(made, spawn, tmp_path):
     assert found(tmp_path / "two/calibration.json") == whole
 
 
+def test_a_file_from_before_there_were_lengths_is_read(script, made):
+    from lml.calibration.stored import seal
+
+    values = json.loads(made.read_text())
+    del values["calibrated"]["length"], values["lml"]["length"]
+    made.write_text(json.dumps(seal(values)))
+    outcome = script("calibrate", *SMALL, *SEARCH)
+    assert outcome.code == 0 and "damping" in outcome.out and "length" not in outcome.out
+
+
 def test_features_may_be_compared(script, tmp_path):
     """It is another calibration than that by pixels, and is found by its name."""
     outcome = script("calibrate", *SMALL, *SEARCH, "objective=features", "rounds=1")

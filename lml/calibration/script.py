@@ -43,6 +43,7 @@ from lml.store import (
 )
 
 STATE = "state.json"  # where a search goes on
+PROTOCOL = ("seed", "searched", "unseen", "ranks", "rounds", "fine", "batch_size", "dtype")
 
 
 def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.device) -> Objective:
@@ -214,16 +215,7 @@ def _calibrate(
     device: torch.device,
 ) -> dict[str, Any]:
     problem = make_problem(cfg, model, scheduler, device)
-    protocol = {
-        "seed": cfg["seed"],
-        "searched": cfg["searched"],
-        "unseen": cfg["unseen"],
-        "ranks": cfg["ranks"],
-        "rounds": cfg["rounds"],
-        "fine": cfg["fine"],
-        "batch_size": cfg["batch_size"],
-        "dtype": cfg["dtype"],
-    }
+    protocol = {key: cfg[key] for key in PROTOCOL}
     first, _ = rank_and_world()
     whole = {"settings": settings, "protocol": protocol}
     states = on_first(lambda: _read_state(folder / STATE, whole))
@@ -266,7 +258,7 @@ def row(values: Mapping[str, Any]) -> str:
     off, default, best = (errors[name]["unseen"] for name in ("off", "default", "calibrated"))
     dampings = values["calibrated"]["damping"]
     text = " ".join("-" if damping is None else f"{damping:.3g}" for damping in dampings)
-    lengths = values["calibrated"]["length"] or ()
+    lengths = values["calibrated"].get("length") or ()
     also = f", length {' '.join(f'{length:.3g}' for length in lengths)}" if lengths else ""
     return (
         f"off {off:.4f}, default {default:.4f} ({_change(default, off)}), calibrated {best:.4f} "
