@@ -29,7 +29,7 @@ from lml.damping import damping_of_steps, is_damping, is_real, one_for_each_step
 
 DAMPING_SCALES = ("relative", "absolute")
 ANCHORS = ("history", "ema")
-METHOD_VERSION = 1  # raised when LML's numbers change: it is part of what names a run
+METHOD_VERSION = 2  # raised when LML's numbers change: it is part of what names a run
 
 
 def formula(g: Tensor, U: Tensor, damping: float, relative: bool, normed: bool) -> Tensor:

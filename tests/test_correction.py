@@ -310,9 +310,10 @@ def test_the_default_damping_turns_by_half_a_step(rank):
 
 def test_the_default_damping_by_steps():
     assert [default_damping(r) for r in (0, 1, 2, 3)] == [1, 2, 6, 12]
-    assert [default_damping(2, n, order=2) for n in (2, 5, 10, 20)] == [6, 6, 24, 96]
+    assert [default_damping(2, n, order=2) for n in (2, 5, 10, 20)] == [12, 12, 96, 768]
     assert [default_damping(2, n, order=1) for n in (2, 20)] == [6, 6]
-    assert default_damping(1, 10, 3, "Adams-Bashforth", "use_karras_sigmas") == 2 * 4 * 16 * 8
+    assert default_damping(1, 10, 3, "Adams-Bashforth", "use_karras_sigmas") == 2 * 8 * 256 * 16
+    assert default_damping(1, 10, 1, "Adams-Bashforth", "use_karras_sigmas") == 2
 
 
 def test_the_damping_of_each_step():

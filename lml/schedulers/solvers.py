@@ -50,6 +50,10 @@ class LMLDPMSolverMultistepScheduler(LMLSchedulerMixin, diffusers.DPMSolverMulti
 
     targets = ("prediction", "increment")
 
+    @property
+    def damping_of(self) -> str:
+        return "multistep in x0" if self.config.algorithm_type.endswith("++") else "plain"
+
     def _check_target(self, target):
         super()._check_target(target)
         if target != "prediction" and self.config.algorithm_type.startswith("sde"):
@@ -140,6 +144,7 @@ class LMLHeunDiscreteScheduler(LMLSchedulerMixin, diffusers.HeunDiscreteSchedule
     """Heun's method in sigma (arXiv 2206.00364) with LML, at each of its two evaluations."""
 
     convergence_order = 2
+    damping_of = "Heun"
 
 
 class LMLFlowMatchEulerDiscreteScheduler(

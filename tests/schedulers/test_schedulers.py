@@ -678,18 +678,25 @@ def test_a_learned_variance_is_left_alone():
         (schedulers.LMLEulerDiscreteScheduler, {}, 6),
         (schedulers.LMLFlowMatchEulerDiscreteScheduler, {}, 6),
         (schedulers.LMLDPMSolverMultistepScheduler, {"solver_order": 1}, 6),
-        # higher orders: times (evaluations / 5)²
-        (schedulers.LMLDPMSolverMultistepScheduler, {"solver_order": 3}, 24),
-        (schedulers.LMLDPMSolverSinglestepScheduler, {}, 24),
-        (schedulers.LMLDEISMultistepScheduler, {}, 24),
-        (schedulers.LMLHeunDiscreteScheduler, {}, 6 * 3.8**2),  # 19 evaluations
-        (schedulers.LMLUniPCMultistepScheduler, {"solver_order": 1}, 48),
-        (schedulers.LMLIPNDMScheduler, {}, 384),
-        (schedulers.LMLDiscreteIPNDMScheduler, {}, 384),
-        (schedulers.LMLPNDMScheduler, {"skip_prk_steps": True}, 384 * 1.1**2),
+        (schedulers.LMLEulerDiscreteScheduler, {"use_karras_sigmas": True}, 6),
+        # higher orders: times (evaluations / 5)³, and by the kind of solver
+        (
+            schedulers.LMLDPMSolverMultistepScheduler,
+            {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+            96,
+        ),
+        (schedulers.LMLDPMSolverMultistepScheduler, {"solver_order": 3}, 384),
+        (schedulers.LMLDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, 384),
+        (schedulers.LMLDPMSolverSinglestepScheduler, {}, 96),
+        (schedulers.LMLDEISMultistepScheduler, {}, 96),
+        (schedulers.LMLHeunDiscreteScheduler, {}, 192 * 3.8**3),  # 19 evaluations
+        (schedulers.LMLUniPCMultistepScheduler, {"solver_order": 1}, 768),
+        (schedulers.LMLIPNDMScheduler, {}, 12288),
+        (schedulers.LMLDiscreteIPNDMScheduler, {}, 12288),
+        (schedulers.LMLPNDMScheduler, {"skip_prk_steps": True}, 12288 * 1.1**3),
         # grids that are even in log-SNR
-        (schedulers.LMLDPMSolverMultistepScheduler, {"use_karras_sigmas": True}, 192),
-        (schedulers.LMLUniPCMultistepScheduler, {"use_exponential_sigmas": True}, 384),
+        (schedulers.LMLDPMSolverMultistepScheduler, {"use_karras_sigmas": True}, 6144),
+        (schedulers.LMLUniPCMultistepScheduler, {"use_exponential_sigmas": True}, 12288),
         # given ones are left alone
         (schedulers.LMLDPMSolverMultistepScheduler, {"damping": 9.0}, 9),
     ],
