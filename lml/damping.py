@@ -8,7 +8,7 @@ extrapolates. The default is the product of
 
 and, for solvers of a higher order, which extrapolate on their own, of
 
-    (steps / 5)^3       above 5 steps: what they lack shrinks that fast, and so they keep their order
+    (steps / 5)^3       above 5 steps: what they lack shrinks that fast; so they keep their order
     SOLVERS[...]        what kind of solver it is
     GRIDS[...]          16 where the grid is even in log-SNR
 

@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from lml import schedulers
-from lml.damping import GRIDS
 from lml.exact import ExactModel, Gaussian, MixtureOfGaussians
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -37,9 +36,7 @@ SOLVERS = {
     "ipndm": ("DiscreteIPNDM", {}),
 }
 EVEN_IN_TIME = [{"timestep_spacing": s} for s in ("leading", "linspace", "trailing")]
-EVEN_IN_LOG_SNR = [
-    {option: True} for option in GRIDS if "karras" in option or "exponential" in option
-]
+EVEN_IN_LOG_SNR = [{option: True} for option in ("use_karras_sigmas", "use_exponential_sigmas")]
 
 
 @torch.no_grad()
