@@ -105,4 +105,6 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
             f"solver={cfg['solver']['name']} grid={grid} nfe={cfg['nfe']}"
         )
     rest = {key: value for key, value in lml.items() if key not in CHOSEN_BY_IT}
-    return {**cfg, "lml": {"name": lml.get("name", "calibrated"), **rest, **values["lml"]}}
+    objective = settings["objective"]
+    name = "calibrated" if objective == LML.objective else f"calibrated ({objective})"
+    return {**cfg, "lml": {"name": name, **rest, **values["lml"]}}

@@ -17,13 +17,14 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from lml.data.images import read
-from lml.report.labels import CALIBRATED, DEFAULT, OFF, PUBLISHED
+from lml.report.labels import CALIBRATIONS, DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
 OTHERS = 12  # rows of other settings than those with a style are drawn if they are no more
 MARKERS = "vD*p^hXP"  # of those settings, a marker each
-STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s"), CALIBRATED: ("-.", "^")}
+STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
+STYLES |= dict(zip(CALIBRATIONS, [("-.", "^"), ("-.", "v")], strict=True))
 TAB20 = matplotlib.colormaps["tab20"].colors
 COLORS = TAB20[::2] + TAB20[1::2]  # matplotlib's ten, and a lighter one of each
 STRIP_IMAGES = 8

@@ -17,12 +17,14 @@ from lml.store import canonical
 
 OFF, DEFAULT, PUBLISHED, CALIBRATED = "off", "default", "published", "calibrated"
 
+CALIBRATIONS = (CALIBRATED, f"{CALIBRATED} (features)")  # by the objective
+
 PRESETS = (DEFAULT, PUBLISHED)
 
 
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int) -> str:
-    """ "off", "default", "published", "calibrated", or what differs: "rank=3, damping=16".
+    """ "off", "default", "published", "calibrated", "calibrated (features)", or what differs: "rank=3, damping=16".
 
     `options` are those of the config group `lml`, as JSON.
     """
@@ -32,8 +34,8 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
     # The numbers of runs from before it was kept are those of version 1.
     version = ours.pop("method_version", 1)
     older = [] if version == METHOD_VERSION else [f"method {version}"]
-    if ours.pop("name", None) == CALIBRATED:  # its dampings are each run's own
-        return ", ".join([CALIBRATED, *older])
+    if (name := ours.pop("name", None)) in CALIBRATIONS:  # the dampings are each run's own
+        return ", ".join([name, *older])
     changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
     base = [] if name == DEFAULT and changes[name] else [name]
@@ -89,6 +91,6 @@ def _text(value: Any) -> str:
 
 def order(label: str) -> tuple[int, str]:
     """Sorts LML's labels: off, published, default, and the others by their numbers."""
-    first = [OFF, PUBLISHED, DEFAULT, CALIBRATED]
+    first = [OFF, PUBLISHED, DEFAULT, *CALIBRATIONS]
     padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
     return (first.index(label) if label in first else len(first), padded)
