@@ -74,7 +74,7 @@ class Preprocessing:
 
 
 def import_transformers(key: str) -> ModuleType:
-    """The library, imported here alone. UserError, which names `key`, if it is not installed."""
+    """The library, imported when it is needed. UserError, which names `key`, without it."""
     try:
         import transformers
     except ImportError:

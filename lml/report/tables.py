@@ -91,9 +91,7 @@ class Table:
 
     @property
     def higher(self) -> bool:
-        """Whether higher is better. It never is for times."""
-        if self.times_at is not None or is_timing(self.metric):
-            return False
+        """Whether higher is better. For times, which no class declares, lower is better."""
         name, _, part = self.metric.partition("/")
         return is_higher_better(class_by_name(name), part)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from PIL import Image
 from torchmetrics import MeanMetric
 
 from lml import configs, sweep
@@ -111,8 +112,6 @@ def test_a_new_metric_needs_its_class_and_its_config_alone(new, tmp_path):
 
     images = tmp_path / "images"
     images.mkdir()
-    from PIL import Image
-
     Image.new("RGB", (4, 4), (9, 9, 9)).save(images / "0.png")
     with pytest.raises(UserError, match=r"^metrics=\[bright\]: needs prompts"):
         evaluate(images, new)
