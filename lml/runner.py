@@ -46,6 +46,7 @@ from lml.data.images import LATENTS, read
 from lml.device import is_memory, use_device
 from lml.errors import UserError, first_line, nearest
 from lml.instances import check_targets
+from lml.metrics.base import declared
 from lml.metrics.evaluate import Context, build, check_count, check_prompts, evaluate
 from lml.pipelines import find, pixel
 from lml.pipelines.text import TextModel, TextSampler
@@ -327,7 +328,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
         check_prompts(config["metrics"], bool(config["prompts"]))
         metrics = build(config["metrics"])  # before any work, since it may be a typo
         check_count(metrics, config["num_images"])
-        latents = any(getattr(metric, "takes_latents", False) for metric in metrics.values())
+        latents = any(declared(metric).takes_latents for metric in metrics.values())
         folder, timing = generate(config, device, observer, latents=latents)
         observer.finish(folder, timing)
         if metrics:

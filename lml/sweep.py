@@ -28,21 +28,13 @@ from lml import processes, runner
 from lml.device import find_device, use_device
 from lml.errors import UserError, nearest, say
 from lml.files import dump_yaml, read_object
-from lml.metrics.direction import higher_is_better
+from lml.metrics.base import class_of, declared, is_higher_better
 from lml.pipelines import find
 from lml.schema import RunConfig, Score, SweepFile, Timing
 from lml.store import canonical, disk_error, read_config, read_json, why_not_sealed, write_atomic
 from lml.tracking import Progress
 
 MISSING, DONE, FAILED, REFUSED = "missing", "done", "failed", "refused"
-# Of metrics that say more than one number; without a part, the mean is meant.
-PARTS = {
-    "inception_score": ("mean", "std"),
-    "kid": ("mean", "std"),
-    "image_reward": ("mean", "std"),
-    "precision_recall": ("precision", "recall", "f_score"),
-    "convergence": ("rmse", "cosine"),
-}
 
 # Makes the cells of these overrides; returns why each failed, or None, and its objective.
 Make = Callable[[list[list[str]]], list[tuple[str | None, float | None]]]
@@ -61,8 +53,8 @@ def find_objective(cfg: Mapping[str, Any]) -> str:
     if name not in metrics:
         known = nearest(name, metrics) or "none"
         raise UserError(f"sweep.objective={asked}: not one of the run's metrics; nearest: {known}")
-    parts = PARTS.get(name, ())
-    part = part or ("mean" if "mean" in parts else "")
+    parts = declared(class_of(cfg["metrics"][name])).parts
+    part = part or ("mean" if "mean" in parts else "")  # the metric's value, beside its spread
     if parts and part not in parts:
         choice = " or ".join(f"{name}/{part}" for part in parts)
         raise UserError(f"sweep.objective={asked or 'null'}: {choice} is asked")
@@ -166,7 +158,9 @@ class Sweep:
         self.base = config.get("name")
         self.search = config.get("sweep")
         self.objective = find_objective(config) if self.search else None
-        self.higher_is_better = bool(self.search) and higher_is_better(self.objective)
+        name, _, part = (self.objective or "").partition("/")
+        metric = class_of(config["metrics"][name]) if name else None
+        self.higher_is_better = is_higher_better(metric, part)
         self.cells: dict[tuple, Cell] = {}
         self.first = int(os.environ.get("RANK", 0)) == 0
         self.show = self.first and bool(config.get("progress", True))

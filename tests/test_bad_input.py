@@ -77,7 +77,7 @@ VALUES = {
     "solver=ddim_released": "lml.anchor=history: the released code has ema",
     "metrics=ideal_direction": "needs a model whose score is known.*model=gaussian",
     "metrics=hessian": "needs a model whose score is known",
-    "metrics=correction_cosine metrics.correction_cosine.count=0": "count=0: a whole number",
+    "metrics=correction_cosine metrics.correction_cosine.count=0": "count=0: expected a whole",
     "grid=trailing grid.timestep_spacing=even": "even",
     "solver.scheduler.algorithm_type=magic": "magic",
     "+solver.step.eta=1": "solver.step.eta=1: dpmsolverpp takes no such",

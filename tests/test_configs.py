@@ -5,20 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class, get_method, get_object
+from hydra.utils import get_class, get_method
 from omegaconf import OmegaConf
 from PIL import Image
 from tiny_pipelines import FLOW
-from torchmetrics import Metric
 
 from lml import configs, runner
 from lml.data import cifar10
 from lml.errors import UserError
-from lml.metrics.direction import higher_is_better
 from lml.pipelines import pixel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -205,18 +202,6 @@ def test_metrics_are_chosen_in_every_spelling(metrics, config):
 def test_every_metric_names_something_that_makes_it(metric):
     target = composed(f"metrics={metric}")["metrics"][metric]["_target_"]
     assert callable(get_method(target)) if target.islower() else get_class(target)
-
-
-@pytest.mark.parametrize("metric", [name for name in names("metrics") if name != "none"])
-def test_tables_and_searches_know_which_way_a_metric_is_better(metric):
-    target = get_object(composed(f"metrics={metric}")["metrics"][metric]["_target_"])
-    cls = target if isinstance(target, type) else get_type_hints(target)["return"]
-    own = cls.__mro__[: cls.__mro__.index(Metric)]
-    assert any("higher_is_better" in vars(c) for c in own), f"{cls.__name__}: has to say it"
-    if cls.higher_is_better is not None:  # None where its parts differ
-        assert higher_is_better(metric) == cls.higher_is_better, (
-            "say it in metrics/direction.py, too"
-        )
 
 
 def experiment_files() -> list[Path]:

@@ -18,11 +18,9 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
-from lml import cli, runner, sweep
+from lml import cli, configs, runner, sweep
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.metrics.convergence import Convergence
-from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
 
 TOY = [
@@ -591,21 +589,14 @@ def test_objectives_of_metrics():
     def objective(metrics, asked=None):
         return sweep.find_objective({"sweep": {"objective": asked}, "metrics": metrics})
 
-    assert objective({"fd_cifar": {}}) == "fd_cifar"
-    assert objective({"kid": {}, "fid": {}}, "kid") == "kid/mean"
-    assert objective({"precision_recall": {}}, "precision_recall/recall").endswith("/recall")
+    def of(*names):
+        return {name: configs.compose(f"+metrics={name}").metrics[name] for name in names}
+
+    assert objective(of("fd_cifar")) == "fd_cifar"
+    assert objective(of("kid", "fid"), "kid") == "kid/mean"
+    assert objective(of("precision_recall"), "precision_recall/recall").endswith("/recall")
+    for name in ("precision_recall", "hessian"):
+        with pytest.raises(UserError, match=rf"sweep.objective=null: {name}/\w+ or {name}/"):
+            objective(of(name))
     with pytest.raises(UserError, match=r"sweep.objective=null: one of a, b is asked"):
         objective({"a": {}, "b": {}})
-    assert set(sweep.PARTS) <= {file.stem for file in (ROOT / "configs/metrics").glob("*.yaml")}
-    directions = {"fd_cifar": False, "convergence/rmse": False, "convergence/cosine": True}
-    directions |= {"precision_recall/recall": True, "image_reward/mean": True, "kid/mean": False}
-    assert {name: higher_is_better(name) for name in directions} == directions
-
-
-def test_the_parts_that_a_metric_has_are_those_it_is_known_for():
-    import torch
-
-    metric = Convergence()
-    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    metric.update(images, images + 1)
-    assert tuple(metric.compute()) == sweep.PARTS["convergence"]

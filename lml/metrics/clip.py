@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lml.data.statistics import describe
 from lml.errors import UserError
+from lml.metrics.base import RunMetric
 from lml.metrics.networks import (
     CLIP_MEAN,
     CLIP_STD,
@@ -23,18 +23,18 @@ from lml.metrics.networks import (
 )
 
 
-class CLIPScore(Metric):
+class CLIPScore(RunMetric):
     """max(100 · mean cos(E_image, E_prompt), 0), in [0, 100] (Hessel et al., arXiv 2104.08718).
 
-    The scale and the maximum over the mean, not over each image, are those of torchmetrics'
-    CLIPScore, and so is the value, but for two things: images are resized by Pillow (OpenAI's own
-    preprocessing), and a prompt that is too long keeps its closing token, where CLIP reads the
-    text's embedding; torchmetrics cuts that off. `model` is a transformers CLIPModel and
-    `tokenizer` its own; `protocol` says after `compute` how many prompts were truncated.
+    The scale is that of torchmetrics' CLIPScore. So is the maximum, which is taken of the mean and
+    not of each image. The value differs from torchmetrics' in two things. Images are resized by
+    Pillow, as in OpenAI's own preprocessing. And a prompt that is too long keeps its closing token,
+    where CLIP reads the embedding of the text; torchmetrics cuts that token off.
+
+    `model` is a transformers CLIPModel and `tokenizer` its tokenizer. After `compute`, `protocol`
+    says how many prompts were truncated.
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = True
     needs_prompts = True
 
@@ -60,7 +60,7 @@ class CLIPScore(Metric):
         check_pairs(images, prompts, "clip_score")
         tokens, truncated = tokenize(self.tokenizer, prompts, self.max_tokens)
         tokens = {name: value.to(images.device) for name, value in tokens.items()}
-        # not get_image_features: what that returns depends on the version of transformers
+        # get_image_features returns other things in other versions of transformers
         image = self.model.vision_model(pixel_values=self.preprocessing(images)).pooler_output
         text = self.model.text_model(**tokens).pooler_output
         image, text = self.model.visual_projection(image), self.model.text_projection(text)
@@ -75,7 +75,7 @@ class CLIPScore(Metric):
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str], name: str) -> None:
-    """UserError, naming the metric, unless there is one prompt an image."""
+    """UserError, which names the metric, unless there is one prompt for each image."""
     if prompts is None or len(prompts) != len(images):
         count = 0 if prompts is None else len(prompts)
         raise UserError(f"metrics=[{name}]: {count} prompts for {len(images)} images; one each")
@@ -86,12 +86,9 @@ def clip_score(
     revision: str | None = None,
     num_images: int = 30_000,
 ) -> CLIPScore:
-    """CLIPScore by the CLIPModel and tokenizer in `model`, a hub id or a folder."""
+    """CLIPScore with the CLIPModel and the tokenizer in `model`, a hub id or a folder."""
     key = "metrics.clip_score.model"
     network = load_network("CLIPModel", model, revision, key)
     metric = CLIPScore(network, load_tokenizer(model, revision, key), num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)
     return metric
-
-
-clip_score.needs_prompts = True  # to be known before its network is loaded

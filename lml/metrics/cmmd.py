@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lml.data.references import Reference, find_reference
 from lml.data.statistics import describe
+from lml.metrics.base import RunMetric
 from lml.metrics.networks import (
     CLIP_MEAN,
     CLIP_STD,
@@ -20,14 +20,14 @@ from lml.metrics.networks import (
 )
 
 SIGMA, SCALE = 10.0, 1000.0
-ROWS = 512  # of the kernel's matrix at a time
+ROWS = 512  # of the kernel matrix, computed at a time
 
 
 class CLIPEmbedding(nn.Module):
     """CLIP's image embedding, of unit length.
 
-    Call: uint8 images (B, 3, H, W) -> float32 (B, `num_features`); `resize` says how they are
-    resized. `network` is a transformers CLIPVisionModelWithProjection.
+    Call: uint8 images (B, 3, H, W) -> float32 (B, `num_features`). `resize` describes how images
+    are resized. `network` is a transformers CLIPVisionModelWithProjection.
     """
 
     def __init__(self, network: nn.Module):
@@ -48,9 +48,9 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
 
         MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y),   k(a, b) = exp(−‖a − b‖² / 2σ²)
 
-    with σ = 10 and the means over all pairs, each sample with itself included: the biased estimate
-    of Gretton et al. (JMLR 13, equation 5), as in the code of Jayasumana et al., arXiv 2401.09603.
-    Takes memory for 512 rows of a kernel's matrix, not for all.
+    with σ = 10. The means are over all pairs, including each sample with itself: this is the biased
+    estimate of Gretton et al. (JMLR 13, equation 5), as in the code of Jayasumana et al. (arXiv
+    2401.09603). Only 512 rows of a kernel matrix are in memory at a time.
     """
     x, y = x.double(), y.double()
     return SCALE * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
@@ -65,15 +65,13 @@ def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
     return total / (len(x) * len(y))
 
 
-class CMMD(Metric):
-    """CMMD to a reference set, by `embedding` (Jayasumana et al., arXiv 2401.09603).
+class CMMD(RunMetric):
+    """CMMD to a reference set, with the features of `embedding` (Jayasumana et al., 2401.09603).
 
-    Keeps an embedding of every image: 3 kB each for ViT-L, 92 MB for 30,000, and as much for the
-    reference.
+    The embeddings of all images stay in memory: with ViT-L 3 kB an image, 92 MB for 30,000. Those
+    of the reference take as much.
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = False
 
     def __init__(
@@ -93,8 +91,8 @@ class CMMD(Metric):
 
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
-        self.reference.statistics()  # before the images, so that a broken one costs no time
-        # flat, because torchmetrics sends a flat tensor for a process that has no images
+        self.reference.statistics()  # first, so that a broken reference costs no time
+        # flat: torchmetrics sends a flat tensor for a process without images
         self.embeddings.append(self.embedding(images).flatten())
 
     @torch.no_grad()
@@ -112,7 +110,7 @@ def cmmd(
     revision: str | None = None,
     num_images: int = 30_000,
 ) -> CMMD:
-    """CMMD to the images of `reference` (see lml.data.references), by the CLIP in `model`."""
+    """CMMD to the images of `reference` (see lml.data.references), with the CLIP in `model`."""
     prefix = "metrics.cmmd"
     kind, key = "CLIPVisionModelWithProjection", f"{prefix}.model"
     embedding = CLIPEmbedding(load_network(kind, model, revision, key, pickled=True))

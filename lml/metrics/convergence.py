@@ -1,32 +1,41 @@
-"""Distance to the fine-step solution from the same noise: a solver's own error."""
+"""Convergence: the distance to the fine-step solution from the same noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lml.errors import UserError
+from lml.metrics.base import RunMetric
 
-SPACES = ("", "latent_")  # pixels, and latents where there are some
+SPACES = ("", "latent_")  # pixels; latents, for latent models
 
 
-class Convergence(Metric):
+class Convergence(RunMetric):
     """RMSE and cosine similarity between images and a solver's fine-step solutions.
 
-    Both are taken in pixel space on [-1, 1] after rounding to uint8: `rmse` over all pixels of all
-    images, `cosine` as the mean over images. The rounding alone, of both sides, costs an RMSE of
-    about 0.0032. For runs of latent models also `latent_rmse` and `latent_cosine`, of the latents
-    as the solver left them, in float32. `solver` and `nfe` say how the fine solution is made,
-    `reference` is a folder that holds it already, with the same file names.
+    This is the error of the solver alone, apart from the network's. `rmse` is over all pixels of
+    all images, `cosine` is the mean over images. Both are of uint8 images scaled to [-1, 1]: the
+    rounding of both sides alone gives an RMSE of about 0.0032. Runs of latent models also get
+    `latent_rmse` and `latent_cosine`, of the latents as the solver left them, in float32.
+
+    Args:
+        solver: the solver that makes the fine-step solution.
+        nfe: its number of evaluations.
+        reference: a folder that holds the fine-step solutions already, with the same file names.
     """
 
-    is_differentiable = False
-    full_state_update = False
-    higher_is_better = None  # rmse is not, cosine is
+    higher_is_better: ClassVar = {
+        "rmse": False,
+        "cosine": True,
+        "latent_rmse": False,
+        "latent_cosine": True,
+    }
+    parts = ("rmse", "cosine")
     takes_latents = True
 
     def __init__(
@@ -48,7 +57,10 @@ class Convergence(Metric):
                 self.add_state(space + name, torch.tensor(0), dist_reduce_fx="sum")
 
     def reference_folder(self, reference_run: Callable[..., Path] | None) -> Path:
-        """The folder of fine solutions; `reference_run(nfe=…, solver=…)` makes it if need be."""
+        """The folder of fine-step solutions: `reference`, or else a run that repeats this one.
+
+        UserError without both.
+        """
         if self.reference is not None:
             return Path(self.reference)
         if reference_run is None:
@@ -63,7 +75,7 @@ class Convergence(Metric):
     ) -> None:
         """Compare uint8 `images` (B, C, H, W) with uint8 `reference` of the same shape.
 
-        `latents` are those that either was decoded from, (B, ...).
+        `latents` is the pair that the two were decoded from, each (B, ...).
         """
         pixels = (v.double() / 127.5 - 1 for v in (images, reference))
         for space, pair in zip(SPACES, (pixels, latents), strict=True):
@@ -79,7 +91,7 @@ class Convergence(Metric):
                     setattr(self, space + name, getattr(self, space + name) + value)
 
     def compute(self) -> dict[str, Tensor]:
-        """`rmse` ≥ 0 (of pixels at most 2) and `cosine` in [-1, 1]; of latents, where given."""
+        """`rmse` in [0, 2] and `cosine` in [-1, 1]; the same of latents, if there are any."""
         values = {}
         for space in SPACES:
             error, cosine, numbers, count = (

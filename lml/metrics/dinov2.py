@@ -23,7 +23,7 @@ class DINOv2(nn.Module):
     """DINOv2's class token after the last layer norm.
 
     Call: uint8 images (B, 3, H, W) -> float32 features (B, `num_features`). Images are resized to
-    224x224 as by Stein et al. (arXiv 2306.04675) in their code, dgm-eval; `resize` says how.
+    224x224, as in dgm-eval, the code of Stein et al. (arXiv 2306.04675). `resize` describes how.
     `network` is a transformers Dinov2Model.
     """
 
@@ -41,10 +41,10 @@ class DINOv2(nn.Module):
 
 
 def _positions(embeddings: nn.Module, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings for a smaller image than DINOv2 was trained on, as its authors do it.
+    """Position embeddings for a smaller image than DINOv2 was trained on, as in its authors' code.
 
-    They stretch the grid by 0.1 of a patch ("to avoid floating point error"), which transformers
-    does not; published distances are with the stretch.
+    That code stretches the grid by 0.1 of a patch ("to avoid floating point error"). Published
+    distances include the stretch; transformers does not have it.
     """
     weights = embeddings.position_embeddings
     side = round((weights.shape[1] - 1) ** 0.5)
@@ -65,9 +65,10 @@ def fd_dinov2(
     revision: str | None = None,
     num_images: int = 50_000,
 ) -> FrechetDistance:
-    """FD-DINOv2 to `reference`: a folder of images, or what else lml.data.references knows.
+    """FD-DINOv2 to `reference`, a folder of images or another source (see lml.data.references).
 
-    `model` is the Dinov2Model to take features from, a hub id or a folder; ViT-L/14 by default.
+    `model` is the Dinov2Model that gives the features, a hub id or a folder. The default is
+    ViT-L/14.
     """
     prefix = "metrics.fd_dinov2"
     extractor = DINOv2(load_network("Dinov2Model", model, revision, f"{prefix}.model"))

@@ -1,4 +1,4 @@
-"""The small CIFAR-10 classifier whose features stand behind FD-CIFAR."""
+"""The small CIFAR-10 classifier on whose features FD-CIFAR is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Block(nn.Sequential):
-    """Convolution, batch norm, ReLU; halves the resolution when `pool`."""
+    """Convolution, batch norm and ReLU; with `pool`, half the resolution."""
 
     def __init__(self, inputs: int, outputs: int, pool: bool = False):
         layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
@@ -19,8 +19,8 @@ class _Block(nn.Sequential):
 class FeatureNetwork(ModelMixin, ConfigMixin):
     """A residual CIFAR-10 classifier; its call returns the features before the last layer.
 
-    Call: uint8 images (B, 3, 32, 32) -> float32 features (B, `num_features`), as torchmetrics asks
-    of a feature extractor. `head(features)` gives the class logits (B, 10).
+    Call: uint8 images (B, 3, 32, 32) -> float32 features (B, `num_features`). This is what
+    torchmetrics expects of a feature extractor. `head(features)` gives the class logits (B, 10).
     """
 
     @register_to_config

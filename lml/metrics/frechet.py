@@ -1,4 +1,4 @@
-"""Fréchet distance to stored reference statistics, and FD-CIFAR, that distance on our features."""
+"""The Fréchet distance to a reference set, and FD-CIFAR: that distance on our own features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torchmetrics.utilities import dim_zero_cat
@@ -15,26 +14,30 @@ from lml.data.assets import locate
 from lml.data.references import Reference, check_size
 from lml.data.statistics import ReferenceStatistics, describe, mean_and_covariance
 from lml.errors import UserError, first_line
+from lml.metrics.base import RunMetric
 from lml.metrics.features import FeatureNetwork
 
 
-class FrechetDistance(torchmetrics.Metric):
+class FrechetDistance(RunMetric):
     """The Fréchet distance of the images' features to those of a reference set.
 
         d² = ‖μ − μ_ref‖² + tr(Σ + Σ_ref − 2 (Σ Σ_ref)^½)
 
-    (Heusel et al., arXiv 1706.08500, equation 6), by torch-fidelity's formula in float64. It agrees
-    with a matrix square root to 1e-7 relative, and to 1e-5 for fewer images than features. Sums are
-    all that is kept: 8 D² bytes for D features, whatever the number of images.
+    (Heusel et al., arXiv 1706.08500, equation 6), computed by torch-fidelity in float64. It agrees
+    with a matrix square root to 1e-7 relative; with fewer images than features, to 1e-5. Only sums
+    are kept: 8 D² bytes for D features, for any number of images.
 
-    `feature` maps uint8 (B, 3, H, W) to (B, `feature.num_features`), and may say in
-    `feature.resize` what it does to the size; `num_images` is what the protocol asks for. Raises
-    UserError when `reference` was made with another extractor, for images of another size than the
-    reference's, and for fewer than 2 images.
+    Args:
+        feature: maps uint8 (B, 3, H, W) to (B, `feature.num_features`). If it resizes the images,
+            its attribute `resize` describes how.
+        reference: the reference set, or its statistics.
+        num_images: how many images the protocol expects.
+
+    Raises:
+        UserError: `reference` was made with another extractor; the images have another size than
+            the reference's; there are fewer than 2 images.
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = False
     least_images = 2
 
@@ -63,13 +66,13 @@ class FrechetDistance(torchmetrics.Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def train(self, mode: bool = True) -> FrechetDistance:
-        """Stays in evaluation mode: the extractor's batch norms must not move."""
+        """Stay in evaluation mode: the extractor's batch norms must not change."""
         return super().train(False)
 
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
         check_size(images, self.reference)
-        self._reference_statistics()  # before the images, so that a broken reference costs no time
+        self._reference_statistics()  # first, so that a broken reference costs no time
         features = self.extractor(images).double()
         self.total += features.sum(0)
         self.products += features.T @ features
@@ -95,13 +98,20 @@ class FrechetDistance(torchmetrics.Metric):
 
 
 class MatchedFrechetDistance(FrechetDistance):
-    """The Fréchet distance that is left when brightness, colour cast and contrast are matched.
+    """The Fréchet distance at matched brightness, colour cast and contrast.
 
-    Before features are taken, the pixels of each channel of all images together get, by one affine
-    map, the `mean` and standard deviation `std` of the reference images' (three numbers each, in
-    [0, 1]), as far as rounding and clipping let them. So a sampler gains nothing by contrast alone.
-    Keeps the images: 3 H W bytes each. `reference` has to know their size. ValueError for other
-    numbers.
+    Before the features are computed, one affine map for each channel, the same for all images,
+    gives the pixels the mean and the standard deviation of the reference images. Rounding and
+    clipping leave small differences. So a sampler gains nothing by contrast alone. All images stay
+    in memory: 3 H W bytes each.
+
+    Args:
+        feature, reference, num_images: as for FrechetDistance. `reference` must know the size of
+            its images.
+        mean, std: of the reference images, three numbers in [0, 1] each.
+
+    Raises:
+        ValueError: `mean` or `std` is something else.
     """
 
     def __init__(
@@ -117,7 +127,7 @@ class MatchedFrechetDistance(FrechetDistance):
         self.mean, self.std = list(mean), list(std)
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if len(numbers) != 3 or not all(0 <= number <= 1 for number in numbers):
-                raise ValueError(f"pixels.{name}={numbers}: three numbers in [0, 1] are asked")
+                raise ValueError(f"pixels.{name}={numbers}: expected three numbers in [0, 1]")
         self.protocol["pixels_matched"] = {"mean": self.mean, "std": self.std}
         self.add_state("pixels", [], dist_reduce_fx="cat")
         self.reset()
@@ -125,7 +135,7 @@ class MatchedFrechetDistance(FrechetDistance):
     def reset(self) -> None:
         """Forget all images."""
         super().reset()
-        # of the type that others send, for a process that is given no image
+        # a process without images must send the same type as the others
         self.pixels.append(torch.empty(0, dtype=torch.uint8, device=self.device))
 
     def update(self, images: Tensor) -> None:
@@ -135,7 +145,7 @@ class MatchedFrechetDistance(FrechetDistance):
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar ≥ 0 up to rounding."""
-        for name in ("total", "products", "count"):  # of an earlier call
+        for name in ("total", "products", "count"):  # forget those of an earlier call
             setattr(self, name, torch.zeros_like(getattr(self, name)))
         images = dim_zero_cat(self.pixels).view(-1, 3, *self.reference.size)
         if len(images):
@@ -150,7 +160,7 @@ class MatchedFrechetDistance(FrechetDistance):
 
 
 def load_features(path: str | Path, key: str = "features") -> FeatureNetwork:
-    """The FeatureNetwork stored in the folder `path`. UserError, naming `key`, when it isn't."""
+    """The FeatureNetwork in the folder `path`. UserError, which names `key`, if there is none."""
     folder = locate(path)
     names = ("config.json", "diffusion_pytorch_model.safetensors")
     for name in names:
@@ -180,9 +190,9 @@ def fd_cifar(
 ) -> FrechetDistance:
     """FD-CIFAR: the Fréchet distance to CIFAR-10's training images on FeatureNetwork's features.
 
-    Not FID, and not comparable with it. With `pixels`, the `mean` and `std` of the training images,
-    it is a MatchedFrechetDistance. Relative paths are looked for from the current folder, then from
-    the repository's root.
+    It is not FID, and not comparable with it. With `pixels`, the `mean` and `std` of the training
+    images, it is a MatchedFrechetDistance. Relative paths are tried from the current folder first,
+    then from the repository's root.
     """
     prefix = "metrics.fd_cifar"
     network = load_features(features, f"{prefix}.features")

@@ -1,4 +1,4 @@
-"""ImageReward: a human's preference for an image, given its prompt."""
+"""ImageReward: how much people would like an image, given its prompt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lml.data.assets import locate
 from lml.data.statistics import describe
 from lml.errors import UserError
+from lml.metrics.base import RunMetric
 from lml.metrics.clip import check_pairs
 from lml.metrics.networks import (
     CLIP_MEAN,
@@ -28,11 +28,17 @@ from lml.metrics.networks import (
 )
 
 MAX_TOKENS = 35
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards that it was trained to
-HEAD_LAYERS = (0, 2, 4, 6, 7)  # as published: dropout in between
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards that it was trained on
+HEAD_LAYERS = (
+    0,
+    2,
+    4,
+    6,
+    7,
+)  # of the linear layers in the published list, which has dropout in between
 FILE = "ImageReward.pt"
 
-# (a name of ours, its published one), tried in turn
+# (our name of a weight, its published name); the first that fits counts
 PUBLISHED = (
     (r"vision\.embeddings\.class_embedding", r"blip.visual_encoder.cls_token"),
     (r"vision\.embeddings\.position_embedding", r"blip.visual_encoder.pos_embed"),
@@ -51,7 +57,7 @@ PUBLISHED = (
     (r"text\.", r"blip.text_encoder."),
     *((rf"head\.{i}\.", f"mlp.layers.{layer}.") for i, layer in enumerate(HEAD_LAYERS)),
 )
-# BLIP's heads for pretraining and a buffer: in the file, without a part in the reward
+# in the published file, but not used by the reward: BLIP's pretraining heads and a buffer
 UNUSED = {
     "blip.vision_proj.weight",
     "blip.vision_proj.bias",
@@ -62,10 +68,10 @@ UNUSED = {
 
 
 class RewardNetwork(nn.Module):
-    """BLIP's image encoder, its text encoder that looks at the image, and a linear head.
+    """BLIP's image encoder, its text encoder with cross-attention to the image, and a linear head.
 
-    (Xu et al., arXiv 2304.05977, figure 3; BLIP: Li et al., arXiv 2201.12086.) The sizes are those
-    of the published weights by default; `head` are the widths between the text's and 1.
+    See Xu et al., arXiv 2304.05977, figure 3; for BLIP, Li et al., arXiv 2201.12086. The default
+    sizes are those of the published weights. `head` holds the widths between `text_width` and 1.
     """
 
     def __init__(
@@ -109,7 +115,7 @@ class RewardNetwork(nn.Module):
             layer_norm_eps=1e-12,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            is_decoder=True,  # gives it cross-attention; the call decides about causal masks
+            is_decoder=True,  # adds cross-attention; causal masks are decided in the call
         )
         self.vision = library.BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
@@ -117,7 +123,7 @@ class RewardNetwork(nn.Module):
         self.head = nn.Sequential(*map(nn.Linear, widths, widths[1:]))
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Rewards (B,) of normalised images (B, 3, H, W) and tokens (B, L)."""
+        """The rewards (B,) of normalised images (B, 3, H, W) and tokens (B, L)."""
         text = self.text(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -127,9 +133,9 @@ class RewardNetwork(nn.Module):
         return (self.head(text.last_hidden_state[:, 0]).squeeze(1) - MEAN) / STD
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take over weights under the names of the published file.
+        """Load weights that have the names of the published file.
 
-        ValueError, naming it, when one is missing, of another shape, or has no place here.
+        ValueError, which names the weight, if one is missing, unknown, or of another shape.
         """
         own = self.state_dict()
         published = {published_name(name): name for name in own}
@@ -144,12 +150,12 @@ class RewardNetwork(nn.Module):
         for name, ours in published.items():
             if state[name].shape != own[ours].shape:
                 shapes = [[*shape] for shape in (state[name].shape, own[ours].shape)]
-                raise ValueError(f"{name} is {shapes[0]}; {shapes[1]} is asked")
+                raise ValueError(f"{name} is {shapes[0]}; expected {shapes[1]}")
         self.load_state_dict({ours: state[name] for name, ours in published.items()})
 
 
 def published_name(name: str) -> str:
-    """What the published file calls the weight `name` of a RewardNetwork."""
+    """The name in the published file of the weight `name` of a RewardNetwork."""
     for ours, theirs in PUBLISHED:
         renamed, found = re.subn("^" + ours, theirs, name)
         if found:
@@ -157,17 +163,16 @@ def published_name(name: str) -> str:
     raise KeyError(name)
 
 
-class ImageReward(Metric):
+class ImageReward(RunMetric):
     """Mean and standard deviation of ImageReward's rewards (Xu et al., arXiv 2304.05977).
 
-    Rewards have about zero mean and unit deviation on the data that the reward was trained on;
-    higher is better. Prompts are read up to 35 tokens, [CLS] and [SEP] included; `protocol` says
-    after `compute` how many were longer.
+    On the data that the reward was trained on, rewards have a mean of about 0 and a standard
+    deviation of about 1. Prompts are cut to 35 tokens, [CLS] and [SEP] included. After `compute`,
+    `protocol` says how many prompts were longer.
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = True
+    parts = ("mean", "std")
     needs_prompts = True
 
     def __init__(self, network: RewardNetwork, tokenizer: Any, num_images: int = 0, **kwargs):
@@ -187,7 +192,7 @@ class ImageReward(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The reward of each, (B,), of images, uint8 (B, 3, H, W), and their B prompts."""
+        """The rewards (B,) of images, uint8 (B, 3, H, W), for their B prompts."""
         tokens, truncated = tokenize(self.tokenizer, prompts, MAX_TOKENS)
         self.truncated += truncated
         tokens = {name: value.to(images.device) for name, value in tokens.items()}
@@ -202,7 +207,7 @@ class ImageReward(Metric):
         self.count += len(images)
 
     def compute(self) -> dict[str, Tensor]:
-        """`mean` and `std` of the images' rewards (std over their number, not one less)."""
+        """`mean` and `std` of the images' rewards (std divides by N, not by N − 1)."""
         self.protocol["prompts_truncated"] = int(self.truncated)
         mean = self.total / self.count
         variance = self.squares / self.count - mean.square()
@@ -210,10 +215,10 @@ class ImageReward(Metric):
 
 
 def load_reward(weights: str | Path, revision: str | None, key: str, **sizes: Any) -> RewardNetwork:
-    """RewardNetwork(**sizes) with the published weights, to be evaluated, not trained.
+    """RewardNetwork(**sizes) with the published weights, in evaluation mode, without gradients.
 
-    `weights` is the file ImageReward.pt, a folder with it, or a hub id. UserError, beginning with
-    `key`, when it isn't there or not whole.
+    `weights` is the file ImageReward.pt, a folder with it, or a hub id. UserError, which begins
+    with `key`, if the file is not there or not complete.
     """
     path = locate(weights)
     if not path.is_file():
@@ -238,13 +243,13 @@ def image_reward(
     num_images: int = 30_000,
     **sizes: Any,
 ) -> ImageReward:
-    """ImageReward by the published weights and BERT's tokenizer; hub ids or paths.
+    """ImageReward with the published weights and BERT's tokenizer, both hub ids or paths.
 
-    `sizes` are RewardNetwork's, for weights of another size than the published ones.
+    `sizes` are arguments of RewardNetwork, for weights of another size than the published ones.
     """
     prefix = "metrics.image_reward"
     words = load_tokenizer(tokenizer, None, f"{prefix}.tokenizer")
-    # As BLIP adds them, so that a prompt with these words in it becomes the same tokens.
+    # BLIP adds these tokens, so a prompt that contains them becomes the same tokens here.
     words.add_special_tokens({"bos_token": "[DEC]"})
     words.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     network = load_reward(weights, revision, f"{prefix}.weights", **sizes)
@@ -256,6 +261,3 @@ def image_reward(
     metric = ImageReward(network, words, num_images)
     metric.protocol["extractor"] |= describe_source(weights, revision)
     return metric
-
-
-image_reward.needs_prompts = True  # to be known before its network is loaded

@@ -1,9 +1,9 @@
 """FID, KID, Inception Score, precision and recall on torch-fidelity's Inception-v3.
 
-Features and arithmetic are torch-fidelity's own, its options the defaults there, so on the same
-folder the numbers are those of its `calculate_metrics` (precision and recall with
-`feature_extractor="inception-v3-compat"`; VGG-16 is its default for them). Metrics on the same
-weights share the network, and the same batch goes through it once.
+Features, arithmetic and default options are torch-fidelity's own. So on the same folder the numbers
+are those of its `calculate_metrics`; for precision and recall with `feature_extractor=
+"inception-v3-compat"`, since its default there is VGG-16. Metrics with the same weights share the
+network, and each batch goes through it once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torchmetrics
 from filelock import FileLock
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -30,15 +29,16 @@ from lml.data.assets import locate
 from lml.data.references import check_size, find_reference
 from lml.data.statistics import describe
 from lml.errors import UserError
+from lml.metrics.base import RunMetric
 from lml.metrics.frechet import FrechetDistance
 
-SEED = 2020  # torch-fidelity's default, of KID's subsets and the Inception Score's splits
-BATCH_SIZE = 64  # likewise: another one would round otherwise
-PIECE = 8  # images that go through the first layers at a time
+SEED = 2020  # torch-fidelity's default for KID's subsets and for the Inception Score's shuffling
+BATCH_SIZE = 64  # also torch-fidelity's default: another batch size would round differently
+PIECE = 8  # images in one pass through the first layers
 
 
 class _InPieces(nn.Sequential):
-    """A Sequential that takes a few images at a time, on a CPU."""
+    """A Sequential that, on a CPU, computes a few images at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
         pieces = x.split(PIECE) if x.device.type == "cpu" else [x]
@@ -48,9 +48,9 @@ class _InPieces(nn.Sequential):
 class InceptionV3(nn.Module):
     """torch-fidelity's port of TensorFlow's Inception-v3 of 2015-12-05, weights from `path`.
 
-    Call: uint8 images (B, 3, H, W) of any size -> float32 features (B, 2048). `logits(images)` are
-    those of the 1008 classes, float32 (B, 1008), without the bias, as torch-fidelity's Inception
-    Score takes them. Both come from one pass, and what the last tensor gave is remembered.
+    Call: uint8 images (B, 3, H, W) of any size -> float32 features (B, 2048). `logits(images)`
+    gives float32 (B, 1008), one logit for each class, without the bias, as torch-fidelity's
+    Inception Score uses them. Both come from one pass. The results for the last tensor are kept.
     """
 
     num_features = 2048
@@ -62,8 +62,8 @@ class InceptionV3(nn.Module):
         outputs = ["2048", "logits_unbiased"]
         network = FeatureExtractorInceptionV3("inception-v3-compat", outputs, str(path))
         self.network = network.requires_grad_(False)
-        # With 180 MB a layer, the layers up to the second pooling wait for memory; in pieces that
-        # the processor's cache holds they give the same bits sooner.
+        # A layer takes 180 MB, so the layers up to the second pooling wait for memory. Pieces that
+        # fit the processor's cache give the same bits faster.
         stem = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1"]
         stem += ["Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
         layers = [getattr(network, name) for name in stem]
@@ -74,7 +74,7 @@ class InceptionV3(nn.Module):
         self._last = None
 
     def train(self, mode: bool = True) -> InceptionV3:
-        """Stays in evaluation mode: the batch norms must not move."""
+        """Stay in evaluation mode: the batch norms must not change."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class InceptionV3(nn.Module):
 
     @torch.no_grad()
     def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        # The version counts changes in place; a weak reference keeps no batch alive.
+        # The version counts in-place changes. A weak reference does not keep the batch in memory.
         version = None if images.is_inference() else images._version
         if self._last is not None:
             seen, its_version, outputs = self._last
@@ -101,10 +101,10 @@ _networks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
 def load_inception(weights: str | Path | None, key: str) -> InceptionV3:
-    """The network with the weights in this file, or torch-fidelity's, which `find_weights` finds.
+    """The network with the weights in the file `weights`; None for torch-fidelity's own file.
 
-    One network serves all metrics that ask for the same file. UserError, naming `key`, for a file
-    that does not hold these weights.
+    All metrics with the same file share one network. UserError, which names `key`, if the file does
+    not hold these weights.
     """
     path = find_weights(weights, key)
     status = path.stat()
@@ -112,29 +112,29 @@ def load_inception(weights: str | Path | None, key: str) -> InceptionV3:
     network = _networks.get(token)
     if network is None:
         try:
-            # torch-fidelity's own reading would run code that a file brings along; this refuses it.
+            # torch-fidelity would run code inside the file; this refuses such a file first
             torch.load(path, map_location="cpu", weights_only=True)
             network = InceptionV3(path)
         except Exception as error:  # torch's, pickle's and zip's errors share no base class
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{key}.weights={path}: not the weights of torch-fidelity's Inception-v3 "
-                f"({reason}); {URL_INCEPTION_V3} is asked"
+                f"({reason}); expected {URL_INCEPTION_V3}"
             ) from None
         _networks[token] = network
     return network
 
 
 def find_weights(weights: str | Path | None, key: str) -> Path:
-    """The file `weights`; without one, that in torch's hub folder, fetched if it is not there.
+    """The file `weights`; for None the file in torch's hub folder, fetched if it is not there.
 
-    UserError when there is no such file, or it cannot be fetched.
+    UserError if there is no such file, or it cannot be fetched.
     """
     name = URL_INCEPTION_V3.rpartition("/")[2]
     if weights is not None:
         path = locate(weights)
         if not path.is_file():
-            raise UserError(f"{key}.weights={weights}: no such file; it is {URL_INCEPTION_V3}")
+            raise UserError(f"{key}.weights={weights}: no such file; expected {URL_INCEPTION_V3}")
         return path
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     try:
@@ -144,7 +144,7 @@ def find_weights(weights: str | Path | None, key: str) -> Path:
             with FileLock(f"{path}.lock"):
                 if not path.is_file():
                     torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), digest)
-    except Exception as error:  # no network, a wrong hash, a folder that cannot be written to
+    except Exception as error:  # no internet, a wrong hash, a folder that cannot be written to
         raise UserError(
             f"{key}.weights=null: {name} is not in {path.parent} and cannot be fetched ({error}); "
             f"put {URL_INCEPTION_V3} there, or name the file with {key}.weights="
@@ -156,8 +156,8 @@ class FID(FrechetDistance):
     """Fréchet Inception Distance (Heusel et al., arXiv 1706.08500).
 
     `reference` is a folder of images, a .zip, torchvision:NAME:SPLIT or an .npz of statistics (see
-    lml.data.references). Memory does not grow with the number of images. Raises UserError for
-    weights or a reference that cannot be had, and as FrechetDistance does.
+    lml.data.references). Memory does not grow with the number of images. UserError as for
+    FrechetDistance, and if the weights or the reference cannot be found.
     """
 
     def __init__(
@@ -172,14 +172,11 @@ class FID(FrechetDistance):
         super().__init__(network, source, num_images, **kwargs)
 
 
-class _EveryImage(torchmetrics.Metric):
-    """A metric of what the network says of every image, in the images' order.
+class _EveryImage(RunMetric):
+    """A metric of one row of numbers for every image, in the order of the images.
 
-    Under torch.distributed process r of W is to be updated with blocks r, r + W, … of the images.
+    Under torch.distributed, process r of W must be updated with the blocks r, r + W, … of images.
     """
-
-    is_differentiable = False
-    full_state_update = False
 
     def __init__(self, network: InceptionV3, width: int, num_images: int, **kwargs):
         super().__init__(compute_on_cpu=True, **kwargs)
@@ -203,14 +200,14 @@ class _EveryImage(torchmetrics.Metric):
         self.blocks.append(torch.full((len(rows),), block))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather what all processes have."""
-        if not self.rows:  # else a process without images would gather something without a width
+        """Gather the rows of all processes."""
+        if not self.rows:  # a process without images must send rows of the same width
             self.rows.append(torch.empty(0, self.width))
             self.blocks.append(torch.empty(0, dtype=torch.long))
         super().sync(*args, **kwargs)
 
     def all_rows(self, least: int, why: str) -> Tensor:
-        """The rows of all images, (N, width). UserError, saying `why`, for fewer than `least`."""
+        """The rows of all images, (N, width). UserError, with the reason `why`, below `least`."""
         rows, blocks = dim_zero_cat(self.rows), dim_zero_cat(self.blocks)
         if len(rows) < least:
             raise UserError(f"num_images={len(rows)}: {why} at least {least} images")
@@ -219,7 +216,7 @@ class _EveryImage(torchmetrics.Metric):
 
 
 class _Compared(_EveryImage):
-    """Features of every image, beside those of every reference image: 8 KB an image each."""
+    """A metric of the features of every image and every reference image: 8 KB an image."""
 
     def __init__(
         self,
@@ -239,11 +236,11 @@ class _Compared(_EveryImage):
     def update(self, images: Tensor) -> None:
         """Add generated images, uint8 (B, 3, H, W)."""
         check_size(images, self.reference)
-        self.reference.statistics()  # before the images, so that a broken one costs no time
+        self.reference.statistics()  # first, so that a broken reference costs no time
         self.add(self.extractor(images))
 
     def both(self, least: int, why: str) -> tuple[Tensor, Tensor]:
-        """Features of the images (N, 2048) and of the reference's (M, 2048)."""
+        """The features of the images (N, 2048) and of the reference images (M, 2048)."""
         ours, theirs = self.all_rows(least, why), self.reference.statistics().features
         self.protocol["reference"] = self.reference.describe()
         if len(theirs) < least:
@@ -255,12 +252,14 @@ class _Compared(_EveryImage):
 class KID(_Compared):
     """Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401), mean and std over subsets.
 
-    The unbiased squared MMD with the kernel (xᵀy/2048 + 1)³ between `subsets` random subsets of
-    `subset_size` images, or as many as there are, of either set; not multiplied by anything. Needs
-    the features of all images: 8 KB each, 400 MB for 50,000, and as much for the reference.
+    This is the unbiased squared MMD with the kernel (xᵀy/2048 + 1)³, without a scale factor. It is
+    computed between random subsets of the two sets, `subsets` times, with `subset_size` images each
+    or as many as there are. The features of all images stay in memory: 8 KB an image, 400 MB for
+    50,000, and as much for the reference.
     """
 
     higher_is_better = False
+    parts = ("mean", "std")
     least_images = 2
 
     def __init__(
@@ -297,13 +296,15 @@ class KID(_Compared):
 class PrecisionRecall(_Compared):
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991), and their F-score.
 
-    The share of images inside a ball around a reference image that reaches to its `neighborhood`-th
-    neighbour there, and the other way round. Needs the features of all images, as KID, and their
-    distances in float32: four matrices of up to 10,000 x 10,000 (1.6 GB), or for larger sets 10,000
-    rows of one at a time (twice 2 GB for 50,000).
+    A ball around a reference image reaches to its `neighborhood`-th nearest reference image.
+    Precision is the share of images that lie in such a ball. Recall is the same with the two sets
+    exchanged. The features of all images stay in memory, as for KID, and so do distances in
+    float32: for up to 10,000 images four matrices (1.6 GB), for larger sets 10,000 rows of one
+    matrix at a time (twice 2 GB for 50,000).
     """
 
     higher_is_better = True
+    parts = ("precision", "recall", "f_score")
 
     def __init__(
         self,
@@ -335,10 +336,12 @@ class PrecisionRecall(_Compared):
 class InceptionScore(_EveryImage):
     """Inception Score (Salimans et al., arXiv 1606.03498), mean and std over `splits` parts.
 
-    The images are shuffled first. Needs the logits of all images: 4 KB each, 200 MB for 50,000.
+    The images are shuffled first. The logits of all images stay in memory: 4 KB an image, 200 MB
+    for 50,000.
     """
 
     higher_is_better = True
+    parts = ("mean", "std")
 
     def __init__(
         self,
@@ -359,7 +362,7 @@ class InceptionScore(_EveryImage):
         self.add(self.extractor.logits(images))
 
     def compute(self) -> dict[str, float]:
-        """`mean` and `std` over the splits; a mean in [1, 1008]."""
+        """`mean`, in [1, 1008], and `std` over the splits."""
         splits = self.protocol["splits"]
         rows = self.all_rows(splits, f"metrics.inception_score.splits={splits} needs")
         return _short(isc_features_to_metric(rows, splits, True, SEED), "inception_score_")
@@ -367,7 +370,7 @@ class InceptionScore(_EveryImage):
 
 def _at_least(value: Any, least: int, key: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}={value}: a whole number of at least {least} is asked")
+        raise UserError(f"{key}={value}: expected a whole number of at least {least}")
 
 
 def _short(value: dict[str, float], prefix: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""LPIPS diversity: how different images look that were made alike."""
+"""LPIPS diversity: how different the images of a set look from one another."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from lml.data.statistics import describe
 from lml.errors import UserError
+from lml.metrics.base import RunMetric
 
 WEIGHTS = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
-class LPIPSDiversity(Metric):
+class LPIPSDiversity(RunMetric):
     """Mean LPIPS (Zhang et al., arXiv 1801.03924; AlexNet) of images 2k and 2k + 1 of a folder.
 
-    Higher is more diverse. Neighbours share their prompt in sets of several images a prompt. Pairs
-    do not reach over evaluate's blocks, whose size should be even. torchmetrics' network, whose
-    AlexNet is torchvision's; UserError when its weights are not there and cannot be fetched.
+    Higher is more diverse. In a set with several images for each prompt, neighbours share their
+    prompt. A pair lies within one batch of `evaluate`, so the batch size should be even.
+
+    The network is torchmetrics', with torchvision's AlexNet. UserError if its weights are not there
+    and cannot be fetched.
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = True
     least_images = 2
 
@@ -32,7 +32,7 @@ class LPIPSDiversity(Metric):
         super().__init__(**kwargs)
         try:
             self.lpips = LearnedPerceptualImagePatchSimilarity("alex")
-        except Exception as error:  # of the network, the disk or the file
+        except Exception as error:  # from the internet, the disk or the file
             folder = Path(torch.hub.get_dir(), "checkpoints")
             reason = " ".join(str(error).split())[:120]
             raise UserError(
@@ -51,7 +51,7 @@ class LPIPSDiversity(Metric):
 
     @torch.no_grad()
     def update(self, images: Tensor) -> None:
-        """Add uint8 images (B, 3, H, W), of at least 32x32 pixels; an odd last one has no pair."""
+        """Add uint8 images (B, 3, H, W) of at least 32x32 pixels; an odd last one is left out."""
         images = images[: len(images) // 2 * 2] / 127.5 - 1
         if len(images):
             self.total += self.lpips.net(images[0::2], images[1::2]).double().sum()

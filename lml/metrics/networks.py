@@ -1,4 +1,4 @@
-"""Networks of the transformers library behind metrics: finding, loading and feeding them."""
+"""Networks of the transformers library: finding and loading them, and making their inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CROPS = {
     "none": "resized to a square",
 }
 
-# What config.json calls the models that a class can be read from.
+# The `model_type` in config.json of the models that a class can load.
 MODEL_TYPES = {
     "CLIPModel": ("clip",),
     "CLIPVisionModelWithProjection": ("clip", "clip_vision_model"),
@@ -40,11 +40,11 @@ MODEL_TYPES = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Makes a network's input, float32 (B, 3, `size`, `size`), of uint8 images (B, 3, H, W).
+    """Turns uint8 images (B, 3, H, W) into a network's input, float32 (B, 3, `size`, `size`).
 
-    Resized by Pillow from uint8 to uint8 with its antialiased bicubic filter, then normalised by
-    `mean` and `std` of pixels in [0, 1]. `crop`, a key of CROPS, says what happens to images that
-    are no squares.
+    Pillow resizes the images from uint8 to uint8 with its antialiased bicubic filter. Then they are
+    normalised by the `mean` and `std` of pixels in [0, 1]. `crop`, a key of CROPS, says how images
+    become square.
     """
 
     size: int
@@ -69,12 +69,12 @@ class Preprocessing:
         return F.resize(image, shape, InterpolationMode.BICUBIC)
 
     def __str__(self) -> str:
-        """For protocols."""
+        """A description for protocols."""
         return f"{CROPS[self.crop]}, to {self.size}x{self.size} (Pillow, bicubic, uint8)"
 
 
 def import_transformers(key: str) -> ModuleType:
-    """The library, imported when it is first needed. UserError, naming `key`, without it."""
+    """The library, imported when it is needed. UserError, which names `key`, without it."""
     try:
         import transformers
     except ImportError:
@@ -85,10 +85,11 @@ def import_transformers(key: str) -> ModuleType:
 
 
 def find(source: str | Path, revision: str | None, key: str, files: Sequence[str]) -> Path:
-    """The folder of `source`: a folder of that name or, if there is none, a model on the hub.
+    """The folder of `source`: the folder of that name or, if there is none, a model on the hub.
 
-    Of a hub model only `files` (patterns) are fetched, and nothing when HF_HUB_OFFLINE is set and
-    they were fetched before. UserError, beginning with `key`, when there is neither.
+    Only the `files` (patterns) of a hub model are fetched. With HF_HUB_OFFLINE set, nothing is
+    fetched; files that were fetched before are used. UserError, which begins with `key`, if there
+    is neither.
     """
     folder = locate(source)
     if folder.is_dir():
@@ -107,13 +108,12 @@ def find(source: str | Path, revision: str | None, key: str, files: Sequence[str
 def load_network(
     kind: str, source: str | Path, revision: str | None, key: str, pickled: bool = False
 ) -> nn.Module:
-    """The transformers model of class `kind`, one of MODEL_TYPES, in `source`.
+    """The transformers model of class `kind` in `source`, as float32.
 
-    It is float32, and to be evaluated, not trained.
-
-    `pickled` is for models that are published without safetensors: then pytorch_model.bin is read,
-    as tensors alone (`weights_only`), where there are none. No code of the model's is ever run.
-    UserError, beginning with `key`, when it isn't there or its weights are not whole.
+    It is in evaluation mode, without gradients. `kind` is a key of MODEL_TYPES. `pickled` is for
+    models that are published without safetensors: if there are none, pytorch_model.bin is read,
+    tensors alone (`weights_only`). No code that comes with a model is ever run. UserError, which
+    begins with `key`, if the model is not there or its weights are not complete.
     """
     library = import_transformers(key)
     weights = ["*.safetensors", "pytorch_model*.bin"][: 1 + pickled]
@@ -121,13 +121,13 @@ def load_network(
     found = [pattern for pattern in weights if list(folder.glob(pattern))]
     if not found:
         names = " or ".join(weights)
-        raise UserError(f"{key}={source}: no {names} in {folder}; the weights of {kind} are asked")
+        raise UserError(f"{key}={source}: no {names} in {folder}; expected the weights of {kind}")
     try:
         model_type = read_object(folder / "config.json").get("model_type")
     except (FileNotFoundError, UserError):
         raise UserError(f"{key}={source}: no model's config.json in {folder}") from None
     if model_type not in MODEL_TYPES[kind]:
-        raise UserError(f"{key}={source}: a {model_type}; {MODEL_TYPES[kind][0]} is asked")
+        raise UserError(f"{key}={source}: a {model_type}; expected a {MODEL_TYPES[kind][0]}")
     try:
         with _quiet(library):
             network, report = getattr(library, kind).from_pretrained(
@@ -139,14 +139,14 @@ def load_network(
             )
     except Exception as error:  # safetensors, pickle, JSON and shape errors share no base class
         raise UserError(f"{key}={source}: {kind} cannot be read ({one_line(error)})") from None
-    for problem in ("missing", "mismatched"):  # what else the file holds changes nothing
+    for problem in ("missing", "mismatched"):  # other weights in the file are not used
         for name in report[f"{problem}_keys"]:
             raise UserError(f"{key}={source}: not the weights of {kind} ({problem}: {name})")
     return network.float().eval().requires_grad_(False)
 
 
 def load_tokenizer(source: str | Path, revision: str | None, key: str) -> Any:
-    """The tokenizer in `source`. UserError, beginning with `key`, when there is none."""
+    """The tokenizer in `source`. UserError, which begins with `key`, if there is none."""
     library = import_transformers(key)
     folder = find(source, revision, key, ["*.json", "*.txt"])
     try:
@@ -159,9 +159,9 @@ def load_tokenizer(source: str | Path, revision: str | None, key: str) -> Any:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[dict[str, Tensor], int]:
-    """`input_ids` and `attention_mask` (B, `length`) of prompts, and how many had to be cut.
+    """`input_ids` and `attention_mask` (B, `length`) of prompts, and how many prompts were cut.
 
-    What is cut keeps its closing token.
+    A prompt that is cut keeps its closing token.
     """
     whole = tokenizer(list(prompts), verbose=False)["input_ids"]
     tokens = tokenizer(
@@ -176,14 +176,14 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[dict[
 
 
 def describe_source(source: str | Path, revision: str | None) -> dict[str, str | None]:
-    """Where weights came from, for protocols: a hub id and revision, or a folder's name."""
+    """The origin of weights, for protocols: a hub id and a revision, or the name of a folder."""
     folder = locate(source)
     return {"source": folder.name if folder.exists() else str(source), "revision": revision}
 
 
 @contextlib.contextmanager
 def _quiet(library: ModuleType) -> Iterator[None]:
-    """What transformers warns of is an error here, or nothing; and no progress bar."""
+    """No warnings and no progress bar: what matters becomes an error of ours."""
     logging = library.utils.logging
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(50)
@@ -197,5 +197,5 @@ def _quiet(library: ModuleType) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The message of anybody's error, as a part of one line of ours."""
+    """The message of any error, short enough to be part of one line."""
     return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")

@@ -1,61 +1,59 @@
-"""Metrics that look along a run's trajectories, made again from the same noise.
+"""Metrics of a run's trajectories, which are made again from the same noise.
 
-Each is updated with a `Replay` in place of images. Beside the means over samples and steps that
-are its value it says the same numbers step by step: lists by name, and `timestep`.
+Each is updated with a `Replay`, not with images. Its value holds means over samples and steps. Its
+`steps` hold the same quantities step by step, as lists by name, and the list `timestep`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torchmetrics import Metric
 
 from lml.errors import UserError
 from lml.exact import ExactModel
+from lml.metrics.base import RunMetric
 from lml.pipelines.trajectory import Replay, Trajectory
 
-LARGEST = 1024  # dimensions for which `Hessian` makes explicit matrices
+LARGEST = 1024  # dimensions, up to which `Hessian` can make explicit matrices
 
 
-class AlongTrajectory(Metric):
-    """Means over samples, for every step, of the `quantities` that a subclass looks at.
+class AlongTrajectory(RunMetric):
+    """Means over samples, for every step, of the `quantities` that a subclass computes.
 
-    Numbers that are NaN are left out of the means, and so is a step or a quantity that has none
-    other.
+    Numbers that are not finite are left out of the means. A step or a quantity without any finite
+    number is left out of the value.
 
     Args:
-        count: of the run's first images; their trajectories are made again.
+        count: how many of the run's first images have their trajectories made again.
     """
 
-    is_differentiable = False
-    full_state_update = False
-    higher_is_better = None  # of cosines it is, of other quantities not
     quantities: tuple[str, ...]
 
     def __init__(self, count: int, **kwargs):
         super().__init__(**kwargs)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UserError(f"count={count}: a whole number of at least 1")
-        self.trajectories = count  # asks for a replay of as many
+            raise UserError(f"count={count}: expected a whole number of at least 1")
+        self.trajectories = count
         for name in ("sums", "counts"):
             self.add_state(name, torch.zeros(0, 0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("timesteps", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="max")
         self.protocol = {"trajectories": count}
 
     def check(self, replay: Replay) -> None:
-        """Raise UserError when the run is not one that the metric has a meaning for."""
+        """Raise UserError if the metric has no meaning for this run."""
 
     def look(self, replay: Replay, trajectory: Trajectory) -> Iterator[tuple[int, Tensor]]:
-        """For steps, counted from 0, the quantities of each sample, (quantities, B)."""
+        """Yield (step, quantities of each sample): step from 0, a tensor (quantities, B)."""
         raise NotImplementedError
 
     def update(self, replay: Replay) -> None:
-        """Look along every trajectory of `replay`."""
+        """Add every trajectory of `replay`."""
         self.check(replay)
         self.timesteps = torch.tensor(replay.timesteps, dtype=torch.float64, device=self.device)
         shape = (len(replay.timesteps), len(self.quantities))
@@ -68,7 +66,7 @@ class AlongTrajectory(Metric):
                 self.counts[step] += finite.sum(1)
 
     def compute(self) -> dict:
-        """The mean of each quantity, and under `steps` its means step by step."""
+        """The mean of each quantity, and in `steps` its mean at each step."""
         means, value = self.sums / self.counts, {}
         seen = self.counts.any(1)
         steps = {"timestep": self.timesteps[seen]}
@@ -82,18 +80,20 @@ class AlongTrajectory(Metric):
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Of each sample, (B,) float64; NaN where one of them is."""
+    """The cosine of each sample, (B,) float64; NaN if x or y has a NaN."""
     return cosine_similarity(x.double().flatten(1), y.double().flatten(1), eps=1e-150)
 
 
 class CorrectionCosine(AlongTrajectory):
     """The cosine between the direction g that LML was given and the g' that it returned.
 
-    `cosine` is its mean, `min` its least over samples and steps, `non_finite` the number of
-    samples of which an image has a NaN or an infinity. Of any model and any `target`; without LML
-    there is `non_finite` alone.
+    `cosine` is the mean and `min` the minimum over samples and steps. `non_finite` is the number of
+    samples whose image has a NaN or an infinity. The metric works with any model and any `target`.
+    Without LML, `non_finite` is the only part.
     """
 
+    higher_is_better: ClassVar = {"cosine": True, "min": False, "non_finite": False}
+    parts = ("cosine", "min", "non_finite")
     quantities = ("cosine",)
 
     def __init__(self, count: int = 256, **kwargs):
@@ -110,14 +110,14 @@ class CorrectionCosine(AlongTrajectory):
             yield step, cosine[None]
 
     def compute(self) -> dict:
-        """`cosine` and `min` in [-1, 1], and `non_finite`; step by step the cosine."""
+        """`cosine` and `min` in [-1, 1], and `non_finite`; in `steps` the cosine at each step."""
         value = super().compute()
         lowest = {"min": self.lowest} if value else {}
         return {**value, **lowest, "non_finite": self.non_finite}
 
 
 def _exact(replay: Replay, metric: str) -> ExactModel:
-    """The run's model. UserError when its score is not known, or not that of a DDPM."""
+    """The run's model. UserError unless its score is known and its noise schedule a DDPM's."""
     model = replay.network
     if not isinstance(model, ExactModel) or model.alphas_cumprod is None:
         raise UserError(
@@ -132,35 +132,42 @@ def _noise_is_corrected(replay: Replay) -> bool:
 
 
 class IdealDirection(AlongTrajectory):
-    """The cosine between noise directions and the one that would make the step exact; the angle.
+    """The cosine and the angle between noise directions and the one that makes the step exact.
 
-    From the x_t that the network is given, let x_s be the exact solution of the probability-flow
-    ODE at the next timestep (`ExactModel.flow`). DDIM's step is x_s = A x_t + B eps with
-    A = alpha_s / alpha_t and B = sigma_s - A sigma_t, so (x_s - A x_t) / B is the ideal average
-    direction: along it DDIM would land on the exact solution. Held against it are
+    Let x_t be the sample that the network is given, and x_s the exact solution of the
+    probability-flow ODE from it at the next timestep (`ExactModel.flow`). DDIM's step is
+    x_s = A x_t + B eps with A = alpha_s / alpha_t and B = sigma_s - A sigma_t. So the ideal average
+    direction is (x_s - A x_t) / B: along it, DDIM lands on the exact solution. Three directions are
+    compared with it:
 
-    - `prediction`: g, the noise that the model predicts at x_t;
-    - `corrected`: g', as LML returned it. g where LML is off or has not corrected; left out with
-      another target than the prediction, of which g is no noise;
-    - `step`: the direction in which the solver did go, (x_s' - A x_t) / B with the next x_s' that
-      the network is given, and in the end the image; earlier predictions are in it, too. (Of UniPC
-      also what its corrector changes of x_t.)
+    - `prediction`: g, the noise that the model predicts at x_t.
+    - `corrected`: g', the direction that LML returns. If LML is off or does not correct this step,
+      it is g. It is left out if LML's target is not the prediction, since g is then no noise.
+    - `step`: the direction that the solver took, (x_s' - A x_t) / B, where x_s' is the next sample
+      that the network is given, or the image at the end. It contains earlier predictions, too. For
+      UniPC it also contains the change that the corrector makes to x_t.
 
-    All as cosines, which are near 1, and as angles in degrees: `angle_prediction` and so on.
+    These are cosines, and near 1. `angle_prediction`, `angle_corrected` and `angle_step` are the
+    same as angles in degrees.
 
-    The ideal direction of the last step is the one to timestep 0, wherever the solver itself ends;
-    the step is left out where it starts there. Where a
-    solver evaluates the network twice at a timestep (PNDM, Heun), the second counts, at the sample
-    from which it goes on.
+    For the last step, the ideal direction is the one to timestep 0, even if the solver ends
+    elsewhere. A last step that starts at timestep 0 is left out. If a solver evaluates the network
+    twice at a timestep (PNDM, Heun), only the second evaluation counts: from its sample the solver
+    goes on.
 
     Raises:
         UserError: the model's score is not known, or its noise schedule is not a DDPM's.
     """
 
-    quantities = (
-        *("prediction", "corrected", "step"),
-        *("angle_prediction", "angle_corrected", "angle_step"),
-    )
+    higher_is_better: ClassVar = {
+        "prediction": True,
+        "corrected": True,
+        "step": True,
+        "angle_prediction": False,
+        "angle_corrected": False,
+        "angle_step": False,
+    }
+    parts = quantities = tuple(higher_is_better)
 
     def __init__(self, count: int = 32, **kwargs):
         super().__init__(count, **kwargs)
@@ -210,7 +217,7 @@ def _levels(model: ExactModel, t: float) -> Levels:
 
 
 def _last_levels(scheduler: SchedulerMixin) -> Levels:
-    """Those of the images that a scheduler of a DDPM ends with."""
+    """The levels of the images at the end of a DDPM scheduler's grid."""
     if hasattr(scheduler, "sigmas"):
         ratio = float(scheduler.sigmas[-1])
         return 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)
@@ -221,33 +228,35 @@ def _last_levels(scheduler: SchedulerMixin) -> Levels:
 class Hessian(AlongTrajectory):
     """How far LML's Hessian is from the true one, and its direction from Newton's.
 
-    The true Hessian is T = -∇² log p_t at x_t, (D, D); LML's is H = U Uᵀ + lambda I with the
-    anchors of that step. Its anchors are predictions of noise, of length about sqrt(D), where the
-    gradient of -log p_t is noise / sigma: the units differ, and H is larger than T by orders. So
-    besides the distance as it stands there is that of c H with the c that makes the Hilbert-Schmidt
-    distance least, and, to hold it against, that of the best multiple of the identity:
+    The true Hessian is T = -∇² log p_t at x_t, (D, D). LML's Hessian is H = U Uᵀ + lambda I, with
+    the anchors of the same step. Its units differ from those of T: the anchors are predicted noise,
+    of length about sqrt(D), but the gradient of -log p_t is noise / sigma. So H is larger than T by
+    orders of magnitude. Therefore two more distances stand beside that of H. One is the distance of
+    c H, with the c of least Hilbert-Schmidt distance. The other is that of the best multiple of the
+    identity, which is a Hessian without any anchor:
 
-    - `spectral`, `hilbert_schmidt`: ‖H - T‖ / ‖T‖;
-    - `spectral_scaled`, `hilbert_schmidt_scaled`: ‖c H - T‖ / ‖T‖;
-    - `spectral_identity`, `hilbert_schmidt_identity`: ‖c' I - T‖ / ‖T‖, with c' least in the same
-      sense: what a Hessian without any anchor is worth.
+    - `spectral`, `hilbert_schmidt`: ‖H - T‖ / ‖T‖.
+    - `spectral_scaled`, `hilbert_schmidt_scaled`: ‖c H - T‖ / ‖T‖.
+    - `spectral_identity`, `hilbert_schmidt_identity`: ‖c' I - T‖ / ‖T‖, with the c' of least
+      Hilbert-Schmidt distance.
 
     The exact damped Newton direction is n = (T + lambda_N I)⁻¹ g. LML's relative damping is lambda
-    over the mean |u_i|², which is the mean of the nonzero eigenvalues of U Uᵀ; so lambda_N is
-    the same multiple, lambda / mean |u_i|², of the mean of the absolute eigenvalues of T.
+    divided by the mean |u_i|², the mean of the nonzero eigenvalues of U Uᵀ. So lambda_N is the same
+    multiple, lambda / mean |u_i|², of the mean absolute eigenvalue of T:
 
-    - `angle_corrected`, `angle_prediction`: of g' and of g to n, in degrees; LML brings the
-      direction nearer to Newton's where the first is the smaller;
-    - `indefinite`: the share of samples of which T + lambda_N I has an eigenvalue below 0, so
-      that n is no descent direction.
+    - `angle_corrected`, `angle_prediction`: the angles of g' and of g to n, in degrees. If that of
+      g' is smaller, LML brings the direction nearer to Newton's.
+    - `indefinite`: the share of samples for which T + lambda_N I has an eigenvalue below 0, so that
+      n is no descent direction.
 
-    Steps without an anchor, as the first, are left out.
+    Steps without an anchor, such as the first, are left out.
 
     Raises:
-        UserError: the model's score is not known or its dimensions exceed 1,024; LML is off, or
-            corrects something else than the prediction.
+        UserError: the model's score is not known; it has more than 1,024 dimensions; LML is off;
+            LML's target is not the prediction.
     """
 
+    higher_is_better = False
     quantities = (
         "spectral",
         "hilbert_schmidt",
@@ -259,16 +268,17 @@ class Hessian(AlongTrajectory):
         "angle_prediction",
         "indefinite",
     )
+    parts = quantities
 
     def __init__(self, count: int = 4, **kwargs):
         super().__init__(count, **kwargs)
 
     def check(self, replay: Replay) -> None:
-        """UserError unless the model is exact and small, and LML corrects its prediction."""
+        """UserError unless the model is exact and small, and LML's target is the prediction."""
         model = _exact(replay, "hessian")
         if (size := model.shape[0] * model.shape[1] * model.shape[2]) > LARGEST:
             raise UserError(
-                f"metrics=[hessian]: at most {LARGEST} dimensions, not the model's {size}"
+                f"metrics=[hessian]: at most {LARGEST} dimensions; the model has {size}"
             )
         if replay.scheduler.config.get("rank", 0) == 0 or not _noise_is_corrected(replay):
             raise UserError("metrics=[hessian]: needs lml.rank above 0 and lml.target=prediction")
@@ -340,7 +350,7 @@ def _against_hessian(
 
 
 def _angle(x: Tensor, y: Tensor) -> Tensor:
-    """Between vectors (..., D), in degrees (...); exact also for small ones."""
+    """The angle between vectors (..., D), in degrees (...); exact for small angles, too."""
     x, y = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
     norms = (torch.linalg.vector_norm(v, dim=-1) for v in (x - y, x + y))
     return torch.rad2deg(2 * torch.atan2(*norms))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lml.metrics.direction import higher_is_better
+from lml.metrics.base import class_by_name, is_higher_better
 from lml.report import labels
 from lml.report.labels import OFF
 from lml.report.results import Cell, Result, is_timing
@@ -91,8 +91,9 @@ class Table:
 
     @property
     def higher(self) -> bool:
-        """Whether higher is better."""
-        return higher_is_better(self.metric)
+        """Whether higher is better. For times, which no class declares, lower is better."""
+        name, _, part = self.metric.partition("/")
+        return is_higher_better(class_by_name(name), part)
 
     @property
     def groups(self) -> list[Group]:

@@ -22,6 +22,7 @@ from lml.data.prompts import text
 from lml.data.references import Reference
 from lml.data.statistics import make_reference
 from lml.errors import UserError
+from lml.metrics.base import RunMetric
 from lml.metrics.convergence import Convergence
 from lml.metrics.evaluate import Context, build, evaluate
 from lml.metrics.features import FeatureNetwork
@@ -32,7 +33,7 @@ FD_CIFAR = {"features": "features", "reference": "fd.npz"}
 
 
 class MeanPixel(Metric):
-    """A metric as anybody may bring one: no protocol, no reference."""
+    """A metric of another library: it declares nothing."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +50,7 @@ class MeanPixel(Metric):
         return self.total / self.count
 
 
-class Letters(Metric):
+class Letters(RunMetric):
     """Needs prompts: the letters of each, times the first pixel of its image."""
 
     needs_prompts = True
@@ -158,7 +159,7 @@ def test_only_the_pairs_of_a_run_are_compared(data, tmp_path):
     with pytest.raises(UserError, match=r"^metrics=\[fine\]: the reference .*few has no 000003"):
         evaluate(data / "images", {"fine": Convergence(reference=tmp_path / "few")})
     write(tmp_path / "small", np.zeros((3, 4, 6, 3), np.uint8))
-    with pytest.raises(UserError, match=r"small has 6x4 pixels; 32x32 is needed$"):
+    with pytest.raises(UserError, match=r"small has 6x4 pixels; expected 32x32$"):
         evaluate(tmp_path / "few", {"fine": Convergence(reference=tmp_path / "small")})
 
 
@@ -173,8 +174,8 @@ def test_images_of_another_size(data, tmp_path):
     [
         ({"_target_": "lml.metrics.nothing"}, r"^metrics\.name: .*nothing"),
         ({"_target_": "lml.metrics.convergence.Convergence", "nfee": 3}, r"^metrics\.name: .*nfee"),
-        ({"_target_": "torch.nn.ReLU"}, r"^metrics\.name: a _target_ that makes a torchmetrics"),
-        ({"nfe": 3}, r"^metrics\.name: a _target_"),
+        ({"_target_": "torch.nn.ReLU"}, r"^metrics\.name: expected a _target_ that makes"),
+        ({"nfe": 3}, r"^metrics\.name: expected a _target_"),
         (
             {"_target_": "lml.metrics.frechet.fd_cifar", "features": "nowhere"},
             r"^metrics\.fd_cifar\.features=",
@@ -385,8 +386,8 @@ def test_scores_that_cannot_be_written(script, data, tmp_path, monkeypatch):
     assert "fd_cifar" in outcome.out  # what took the time is not lost
 
 
-class Compared(MeanPixel):
-    """With a reference set of images, as anybody may bring one."""
+class Compared(MeanPixel, RunMetric):
+    """With a reference set of images."""
 
     def __init__(self, reference):
         super().__init__()

@@ -230,7 +230,7 @@ def test_other_pixels_than_three_numbers_are_one_line(assets, name, numbers):
     pixels = {**PIXELS, name: numbers}
     config = {"_target_": "lml.metrics.frechet.fd_cifar", "pixels": pixels}
     config |= {"features": str(assets / "features"), "reference": str(assets / "fd.npz")}
-    line = re.escape(f"metrics.matched: pixels.{name}={numbers}: three numbers in [0, 1]")
+    line = re.escape(f"metrics.matched: pixels.{name}={numbers}: expected three numbers in [0, 1]")
     with pytest.raises(UserError, match=f"^{line}"):
         build({"matched": config})
 

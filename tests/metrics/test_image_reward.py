@@ -122,6 +122,7 @@ def test_plain_float64(metric, reward_state, pictures):
     metric.update(images[:2], prompts[:2])
     metric.update(images[2:], prompts[2:])
     value = metric.compute()
+    assert tuple(value) == metric.parts
     assert value["mean"].item() == pytest.approx(expected.mean().item(), abs=1e-5)
     assert value["std"].item() == pytest.approx(expected.std(correction=0).item(), rel=1e-4)
     assert metric.protocol["prompts_truncated"] == 1
@@ -172,7 +173,7 @@ def test_the_published_file_fits_at_full_size(published_shapes):
         ),
         (
             lambda s: s.update({"mlp.layers.0.bias": torch.zeros(3)}),
-            r"mlp.layers.0.bias is \[3\]; \[12\] is asked",
+            r"mlp.layers.0.bias is \[3\]; expected \[12\]",
         ),
         (lambda s: s.clear(), "missing: .* more"),
     ],

@@ -22,6 +22,7 @@ from lml.benchmark import FLAGS, fidelity, largest_difference, random_inception
 from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.errors import UserError
+from lml.metrics.base import class_by_name
 from lml.metrics.evaluate import Context, build, evaluate
 from lml.metrics.inception import FID, KID, InceptionScore, PrecisionRecall, load_inception
 
@@ -122,6 +123,8 @@ def test_the_numbers_are_torch_fidelitys(data, whole):
     )
     ours = values(whole)
     assert largest_difference(ours, theirs) < 1e-6
+    for name in ("kid", "inception_score", "precision_recall"):
+        assert set(ours[name]) == set(class_by_name(name).parts)
     for name in ("kid", "inception_score"):
         assert ours[name]["std"] == pytest.approx(theirs[name]["std"], rel=1e-4)
     # and the problem has teeth: no number is one that any network would give
@@ -281,7 +284,7 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
     )
     one_line(
         lambda: InceptionScore(weights="no.pth"),
-        rf"^metrics\.inception_score\.weights=no\.pth: no such file; it is https://.*{NAME}$",
+        rf"^metrics\.inception_score\.weights=no\.pth: no such file; expected https://.*{NAME}$",
     )
 
 
@@ -360,7 +363,7 @@ def test_too_few_images(data, home):
         lambda: InceptionScore(weights, splits=1.5),
         lambda: PrecisionRecall(data / "reference", weights, neighborhood=0),
     ):
-        one_line(make, r"^metrics\.\w+\.\w+=.*: a whole number of at least")
+        one_line(make, r"^metrics\.\w+\.\w+=.*: expected a whole number of at least")
 
 
 def test_from_the_command_line(script, data, home, whole):

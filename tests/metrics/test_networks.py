@@ -135,8 +135,8 @@ def test_half_a_download(clip_folder, dinov2_folder, tmp_path):
 
 def test_a_model_of_another_kind(clip_folder, dinov2_folder):
     for kind, folder, message in (
-        ("CLIPModel", dinov2_folder, "a dinov2; clip is asked"),
-        ("Dinov2Model", clip_folder, "a clip; dinov2 is asked"),
+        ("CLIPModel", dinov2_folder, "a dinov2; expected a clip"),
+        ("Dinov2Model", clip_folder, "a clip; expected a dinov2"),
     ):
         with pytest.raises(UserError, match=rf"^key={folder}: {message}$"):
             load_network(kind, folder, None, "key")
@@ -206,7 +206,7 @@ WORKER = textwrap.dedent(
         for metric in made.values():
             metric.reset()
             for block in folder.blocks(batch_size)[dist.get_rank() :: 2]:
-                text = hasattr(metric, "needs_prompts")
+                text = metric.needs_prompts
                 words = ([prompts[name] for name in block],) if text else ()
                 metric.update(folder.load(block), *words)
             value = metric.compute()
@@ -241,7 +241,7 @@ def test_two_processes_give_the_numbers_of_one(tiny_configs, pictures, tmp_path)
             worker.kill()
     expected = []
     for metric in build(tiny_configs).values():
-        prompts = (pictures.prompts,) if hasattr(metric, "needs_prompts") else ()
+        prompts = (pictures.prompts,) if metric.needs_prompts else ()
         metric.update(pictures.images, *prompts)
         value = metric.compute()
         value = value if isinstance(value, dict) else {"value": value}

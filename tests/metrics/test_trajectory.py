@@ -17,6 +17,7 @@ from lml import runner, schedulers
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.exact import Gaussian, MixtureOfGaussians
+from lml.metrics.base import class_by_name
 from lml.metrics.evaluate import build
 from lml.metrics.trajectory import CorrectionCosine, Hessian, IdealDirection
 from lml.pipelines import pixel
@@ -395,7 +396,7 @@ def test_what_cannot_be_looked_at(tiny_unet):
             metric(1).update(network)
     large = Gaussian(torch.zeros(3, 19, 19), torch.ones(1083), torch.eye(1083))
     for message, replayed in {
-        "at most 1024 dimensions, not the model's 1083": Replay(large, run.scheduler, [], 1, []),
+        "at most 1024 dimensions; the model has 1083": Replay(large, run.scheduler, [], 1, []),
         "needs lml.rank above 0": replay(rank=0),
         r"lml\.target=prediction": replay(target="direction"),
     }.items():
@@ -413,6 +414,7 @@ def test_the_script_writes_values_and_steps(script, tmp_path, name):
     assert (outcome.code, outcome.err) == (0, "")
     result = json.loads((tmp_path / "run/metrics.json").read_text())[name]
     assert all(isinstance(value, float) for value in result["value"].values())
+    assert set(result["value"]) == set(class_by_name(name).parts)
     seen = 4 if name == "hessian" else 5  # no anchors at the first step
     assert {len(values) for values in result["steps"].values()} == {seen}
     first = (tmp_path / "run/metrics.json").read_bytes()
