@@ -24,7 +24,7 @@ PRESETS = (DEFAULT, PUBLISHED)
 
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int) -> str:
-    """ "off", "default", "published", "calibrated", "calibrated (features)", or what differs: "rank=3, damping=16".
+    """ "off", a preset, "calibrated", or what differs: "rank=3, damping=16".
 
     `options` are those of the config group `lml`, as JSON.
     """
