@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lml import runner, schema
+from lml import schema
 from lml.configs import compose
 from lml.correction import LMLCorrection
 from lml.damping import default_damping
@@ -38,11 +38,15 @@ from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device
 from lml.errors import UserError
-from lml.files import read_object
+from lml.files import read_json, read_object, write_json
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find, pixel
+from lml.runs.observer import Observer
+from lml.runs.records import check_output
+from lml.runs.sample import run
+from lml.runs.solver import make_scheduler
+from lml.runs.store import image_name
 from lml.schedulers import OPTIONS
-from lml.store import check_output, image_name, read_json, write_json
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -166,7 +170,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
 # --- the run -------------------------------------------------------------------------------------
 
 
-class TakingTurns(runner.Observer):
+class TakingTurns(Observer):
     """Lets `other(indices)` make the same images after every batch of a run, and times both.
 
     The run's batch ends when its images are on the disk.
@@ -193,7 +197,7 @@ class TakingTurns(runner.Observer):
         self.done += count
 
 
-class Quiet(runner.Observer):
+class Quiet(Observer):
     """Says nothing."""
 
     def say(self, line: str) -> None:
@@ -214,7 +218,7 @@ def run_speed(
         config.num_images = config.batch_size * (batches + 1)
         folder = Path(config.run_dir)
         observer = TakingTurns(folder, ddim_pipeline(config))
-        runner.run(config, observer)
+        run(config, observer)
         ours = torch.cat(list(ImageFolder(folder / "images").batches(config.batch_size)))
     theirs = torch.from_numpy(np.concatenate(observer.images)).permute(0, 3, 1, 2)
     difference = (ours.double() - 255 * theirs.double()).abs()
@@ -234,7 +238,7 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     config = OmegaConf.to_container(config, resolve=True)
     model = pixel.find(config["model"])
     device = find_device(config["device"])
-    options = runner.make_scheduler(config, model).config
+    options = make_scheduler(config, model).config
     options = {name: value for name, value in options.items() if name not in OPTIONS}
     pipeline = DDIMPipeline(model.load(device, torch.float32), DDIMScheduler.from_config(options))
     pipeline.set_progress_bar_config(disable=True)
@@ -270,7 +274,7 @@ def pipeline_overhead(batches: int) -> list[Row]:
             with run_config(None, [*overrides, "model.height=16", "model.width=16"]) as config:
                 cfg = OmegaConf.to_container(config, resolve=True)
             model = find(cfg["model"])
-            scheduler = runner.make_scheduler(cfg, model)
+            scheduler = make_scheduler(cfg, model)
             sampler = model.sampler(torch.device("cpu"), torch.float32, False, False)
 
             def theirs(sampler: Any = sampler, scheduler: Any = scheduler) -> None:
@@ -296,7 +300,7 @@ def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -
             continue  # to compile would count as network
         with run_config(model, [*arguments, "metrics=none", *options]) as config:
             config.num_images = config.batch_size * batches
-            timing = read_object(runner.run(config, Quiet()) / "timing.json", schema.Timing)
+            timing = read_object(run(config, Quiet()) / "timing.json", schema.Timing)
         parts = {k: v for k, v in timing["seconds"].items() if k not in ("network", "total")}
         total = timing["seconds"]["total"]
         remark = ", ".join(f"{name} {100 * value / total:.1f}" for name, value in parts.items())
@@ -314,7 +318,7 @@ def fd_change(
     for name in ("float32", settings):
         options = [*arguments, "solver=ddim", "lml=off", "metrics=[fd_cifar]", *SETTINGS[name]]
         with run_config(model, [*options, f"num_images={num_images}"]) as config:
-            folder = runner.run(config, Quiet())
+            folder = run(config, Quiet())
             metrics = read_object(folder / "metrics.json", dict[str, schema.Score])
         values[name] = metrics["fd_cifar"]["value"]
     change = 100 * abs(values[settings] / values["float32"] - 1)

@@ -20,17 +20,12 @@ from lml.data.images import read
 from lml.data.prompts import FILE, PromptSet, load
 from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
-from lml.files import NAME_MAX, file_hash, open_regular, plain_name, replacing
+from lml.files import NAME_MAX, file_hash, open_regular, plain_name, read_json, replacing
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
+from lml.runs.records import check_output, read_config
 from lml.schema import RunConfig, check
-from lml.store import (
-    canonical,
-    check_output,
-    read_config,
-    read_json,
-    settings_hash,
-)
+from lml.seals import canonical, settings_hash
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lml.errors import UserError, first_line
-from lml.store import RunError
+from lml.errors import RunError, UserError, first_line
 
 
 @contextlib.contextmanager

@@ -36,14 +36,13 @@ from lml import schema
 from lml.data import cifar10
 from lml.data.statistics import make_reference
 from lml.device import use_device
-from lml.errors import UserError, first_line, nearest
-from lml.files import load_json, read_text, replacing
+from lml.errors import RunError, UserError, first_line, nearest
+from lml.files import disk_error, load_json, read_text, replacing
 from lml.instances import make
 from lml.metrics.features import FeatureNetwork
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
 from lml.schema import find
-from lml.store import RunError, disk_error
 
 
 class Budget(schema.Budget):

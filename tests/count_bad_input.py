@@ -424,7 +424,7 @@ def calibrations(workshop: Path) -> Iterator[Case]:
 
 def seal(file: Path) -> None:
     """Give a calibration's file the seal of what it holds."""
-    from lml.store import sealed
+    from lml.seals import sealed
 
     owner = "calibration" if file.name == "calibration.json" else file.name
     file.write_text(json.dumps(sealed(json.loads(file.read_text()), owner)))
@@ -586,8 +586,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     # imported once, here, and not in every fork
-    from lml import benchmark, export, report, runner, sweep, tracking, training  # noqa: F401
+    from lml import benchmark, export, report, training  # noqa: F401
     from lml.calibration import script  # noqa: F401
+    from lml.runs import sample, score, sweep, tracking  # noqa: F401
 
     special = {"models": models, "runs": runs, "calibrations": calibrations}
     groups = options.groups or [*COMMANDS, *special]

@@ -15,11 +15,13 @@ from PIL import Image
 from tiny_pipelines import FLOW
 from torchmetrics import Metric
 
-from lml import configs, runner
+from lml import configs
 from lml.data import cifar10
+from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import pixel
+from lml.runs.solver import find_steps, make_scheduler
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOY = ["num_images=2", "batch_size=2", "nfe=5", "threads=1", "metrics=none"]
@@ -65,11 +67,11 @@ def test_an_option_by_itself_is_what_the_command_line_makes_of_it(option):
 def test_configs_are_composed_in_one_way():
     """A file that is read by itself has lost its `defaults:`; a run's is complete."""
     reading = {"OmegaConf.load(": set(), " load_yaml(": set()}
-    for file in Path(runner.__file__).parent.rglob("*.py"):
+    for file in (ROOT / "lml").rglob("*.py"):
         for call, names_of_files in reading.items():
             if call in file.read_text():
                 names_of_files.add(file.name)
-    runs = {"files.py", "store.py"}  # of runs and sweeps alone
+    runs = {"files.py", "records.py"}  # of runs and sweeps alone
     assert reading == {"OmegaConf.load(": set(), " load_yaml(": runs}
 
 
@@ -85,14 +87,14 @@ def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     found = pixel.find(cfg["model"])
     if solver.endswith("_released") and lml == "default":
         with pytest.raises(UserError, match=r"^lml\.anchor=history: the released code has ema"):
-            runner.make_scheduler(cfg, found)
+            make_scheduler(cfg, found)
         return
-    made = runner.make_scheduler(cfg, found)
+    made = make_scheduler(cfg, found)
     assert isinstance(made, get_class(cfg["solver"]["scheduler"]["_target_"]))
     for key, value in {**cfg["lml"], **cfg["grid"], **cfg["solver"]["scheduler"]}.items():
         if key not in ("name", "_target_"):
             assert made.config[key] == value
-    assert runner.find_steps(made, 5, solver) >= 1
+    assert find_steps(made, 5, solver) >= 1
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_every_grid_runs_and_differs(script, toy, tmp_path, grid):
     cfg = composed(f"grid={grid}", "model=gaussian")
     plain = composed("model=gaussian")
     model = pixel.find(cfg["model"])
-    ours, default = (runner.make_scheduler(c, model) for c in (cfg, plain))
+    ours, default = (make_scheduler(c, model) for c in (cfg, plain))
     ours.set_timesteps(6)
     default.set_timesteps(6)
     same = ours.sigmas.tolist() == default.sigmas.tolist()

@@ -11,7 +11,7 @@ from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import read_object
 from lml.schema import LML, CalibrationFile
-from lml.store import differences, sealed, settings_hash, why_not_sealed
+from lml.seals import differences, sealed, settings_hash, why_not_sealed
 
 FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")

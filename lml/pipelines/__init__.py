@@ -8,10 +8,12 @@ from typing import Any
 from lml.errors import UserError, nearest
 from lml.pipelines import latent, pixel, text
 
+Model = pixel.PixelModel | text.TextModel
+Sampler = pixel.PixelSampler | text.TextSampler
 KINDS = {"pixel": pixel, "latent": latent, "text": text}
 
 
-def find(config: Mapping[str, Any]) -> pixel.PixelModel | latent.LatentModel | text.TextModel:
+def find(config: Mapping[str, Any]) -> Model:
     """The model that a config of the group `model` describes. UserError when there is none."""
     kind = config.get("kind", "pixel")
     if kind not in KINDS:

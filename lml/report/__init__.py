@@ -9,8 +9,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lml.errors import UserError
+from lml.files import disk_error, write_atomic
 from lml.report import figures, results, tables, text
-from lml.store import check_output, disk_error, write_atomic
+from lml.runs.records import check_output
 
 
 def tabulate(cfg: DictConfig) -> Path:

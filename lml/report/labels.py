@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lml.configs import compose
 from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
-from lml.store import canonical
+from lml.seals import canonical
 
 OFF, DEFAULT, PUBLISHED, CALIBRATED = "off", "default", "published", "calibrated"
 

@@ -14,8 +14,10 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, first_line, nearest
 from lml.files import file_hash, open_regular, read_object
+from lml.runs.records import read_config
+from lml.runs.store import image_name
 from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find
-from lml.store import canonical, image_name, read_config, sealed, why_not_sealed
+from lml.seals import canonical, sealed, why_not_sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
 

@@ -1,159 +1,19 @@
-"""What a run shows while it runs: a progress bar or log lines, and Weights & Biases."""
+"""What a run shows while it runs, and what it logs."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping
-from netrc import NetrcParseError, netrc
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from lml.runner import Observer
-from lml.store import RunFolder
-
-LINE_SECONDS = 15.0
-
-
-class Progress:
-    """What is done, how much a second and the time left: a bar in a terminal, else a line at times.
-
-    It counts images, or what `unit` is.
-    """
-
-    def __init__(self, total: int, show: bool = True, unit: str = "image"):
-        self.total, self.count, self.unit = total, 0, f"{unit}s"
-        self.start = self.said = time.monotonic()
-        self.lines = show and not sys.stderr.isatty()
-        hide = self.lines or not show
-        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=hide)
-
-    def update(self, count: int) -> None:
-        """`count` more are done."""
-        self.count += count
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.lines and now - self.said >= LINE_SECONDS and self.count < self.total:
-            self.said = now
-            rate = self.count / (now - self.start)
-            left = tqdm.format_interval((self.total - self.count) / rate)
-            print(
-                f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        self.bar.close()
-
-
-class Logger:
-    """Logs nowhere; what `logger=none` is."""
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Add numbers, by name."""
-
-    def image(self, name: str, path: Path) -> None:
-        """Add an image file."""
-
-    def finish(self, failed: bool) -> None:
-        """End it; called whatever happened."""
-
-
-class WandbLogger(Logger):
-    """Weights & Biases. Whatever fails in it is one warning, and then it is silent.
-
-    Once its server has not answered, this and all later runs of the process are logged offline.
-    """
-
-    is_unreachable = False
-
-    def __init__(self, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]):
-        self.run = None
-        self.run = self._try(self._start, settings, name, config)
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        self._try(lambda: self.run.log(dict(values)))
-
-    def image(self, name: str, path: Path) -> None:
-        self._try(self._log_image, name, path)
-
-    def finish(self, failed: bool) -> None:
-        self._try(lambda: self.run.finish(exit_code=int(failed)))
-
-    def _log_image(self, name: str, path: Path) -> None:
-        import wandb
-
-        self.run.log({name: wandb.Image(str(path))})
-
-    def _start(self, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> Any:
-        import wandb
-        from pydantic import ValidationError
-        from wandb.errors import AuthenticationError, CommError
-
-        asked = {key: settings[key] for key in ("project", "entity", "group", "tags")}
-        if settings["mode"] != "auto":
-            asked["mode"] = settings["mode"]
-        try:
-            # What the config leaves open is as W&B's own variables and files have it.
-            theirs = wandb.setup().settings
-            ours = {"run_name": name, "silent": True, "init_timeout": 30}
-            ours["mode"] = "online" if has_key(theirs.base_url) else "offline"
-            ours = {key: ours[key] for key in ours.keys() - theirs.model_fields_set}
-            mode = asked.get("mode") or ours.get("mode") or theirs.mode
-            if self.is_unreachable and mode not in ("offline", "dryrun", "disabled"):
-                asked["mode"] = "offline"
-
-            def start() -> Any:
-                return wandb.init(**asked, config=dict(config), settings=wandb.Settings(**ours))
-
-            try:
-                return start()
-            except AuthenticationError:
-                raise
-            except CommError as error:
-                WandbLogger.is_unreachable = True
-                print(
-                    f"logger=wandb: {_reason(error)}; runs are logged offline from now on, and "
-                    "`wandb sync` sends them",
-                    file=sys.stderr,
-                )
-                asked["mode"] = "offline"
-                return start()
-        except ValidationError as error:  # of a variable, or of the config
-            wrong = error.errors()[0]
-            raise ValueError(f"{wrong['loc'][0]}={wrong['input']}: {wrong['msg']}") from None
-
-    def _try(self, action: Any, *args: Any) -> Any:
-        if action != self._start and self.run is None:
-            return None
-        try:
-            return action(*args)
-        except (Exception, SystemExit) as error:  # a logger must never stop a run
-            print(f"logger=wandb: {_reason(error)}; the run goes on without it", file=sys.stderr)
-            self.run = None
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def has_key(url: str) -> bool:
-    """Whether there is a key for the W&B at `url`, in the environment or in netrc's file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    try:
-        # by its name, as W&B does: Python's own default refuses a file that others may read
-        hosts = netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")).hosts
-    except (OSError, NetrcParseError):
-        return False
-    return any(host == urlsplit(url).hostname or "wandb" in host for host in hosts)
+from lml.runs.loggers import Logger, WandbLogger
+from lml.runs.observer import Observer
+from lml.runs.progress import Progress
+from lml.runs.store import RunFolder
 
 
 class Tracker(Observer):

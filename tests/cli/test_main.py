@@ -18,9 +18,15 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lml import cli, runner, tracking
+from lml.cli.main import main
+from lml.cli.values import PATHS
+from lml.configs import CONFIGS
 from lml.data.assets import ROOT
-from lml.errors import UserError
+from lml.errors import UserError, say
+from lml.runs import sample
+from lml.runs.loggers import WandbLogger
+from lml.runs.progress import Progress
+from lml.runs.store import RunFolder
 
 
 @pytest.fixture
@@ -28,14 +34,14 @@ def crash(monkeypatch):
     """Makes the run fail with this exception."""
 
     def arm(error: BaseException, when=lambda cfg: True) -> None:
-        run = runner.run
+        run = sample.run
 
         def failing(cfg, observer=None):
             if when(cfg):
                 raise error
             return run(cfg, observer)
 
-        monkeypatch.setattr(runner, "run", failing)
+        monkeypatch.setattr("lml.runs.sample.run", failing)
 
     return arm
 
@@ -84,10 +90,10 @@ def test_help_shows_groups_and_keys(script):
 
 
 def test_lines_name_the_rank(monkeypatch, capfd):
-    cli.say("a")
+    say("a")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    cli.say("b")
+    say("b")
     assert capfd.readouterr().err == "a\n[rank 1] b\n"
 
 
@@ -100,7 +106,9 @@ def test_an_error_that_the_first_process_tells_is_not_told_again(script, toy, cr
 
 
 def test_interrupted_outside_of_sampling(script, toy, monkeypatch):
-    monkeypatch.setattr(runner, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "lml.runs.sample.evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     arguments = ["metrics=convergence", "metrics.convergence.reference=x"]
     outcome = script("sample", *toy, *arguments)
     assert (outcome.code, outcome.err) == (143, "interrupted\n")
@@ -113,19 +121,19 @@ def test_an_error_is_told_even_when_its_way_out_is_cut_short(script, toy, monkey
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr("lml.runs.sample.run", run)
     outcome = script("sample", *toy)
     assert (outcome.code, outcome.err) == (143, "nfe=0: what went wrong\n")
 
 
 def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monkeypatch):
-    write_manifest = runner.RunFolder.write_manifest
+    write_manifest = RunFolder.write_manifest
 
     def impatient(self, *args, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return write_manifest(self, *args, **options)
 
-    monkeypatch.setattr(runner.RunFolder, "write_manifest", impatient)
+    monkeypatch.setattr(RunFolder, "write_manifest", impatient)
     outcome = script("sample", *toy, "run_dir=run")
     assert outcome.code == 130 and "interrupted: 10 of 10 images stored" in outcome.err
     assert (tmp_path / "run/manifest.json").exists()
@@ -155,7 +163,7 @@ def composed(monkeypatch, tmp_path, script):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as end:
-            cli.main(name)(lambda cfg: seen.append(OmegaConf.to_container(cfg)))()
+            main(name)(lambda cfg: seen.append(OmegaConf.to_container(cfg)))()
         assert end.value.code == 0
         return seen
 
@@ -320,11 +328,11 @@ def test_what_reads_as_no_text_is_no_path(script, composed, value):
 def test_every_key_of_a_path_is_one_of_those():
     """By what the configs say of their keys."""
     about = re.compile(r"^ *(\w+):.*#.*\b(folder|file|path|FOLDER|FILE)\b", re.M)
-    texts = [file.read_text() for file in cli.CONFIGS.rglob("*.yaml")]
+    texts = [file.read_text() for file in CONFIGS.rglob("*.yaml")]
     found = {match[1] for text in texts for match in about.finditer(text)}
     # what is said of files that another key gives; `model` is one of a metric alone
     others = {"hub_id", "model", "name", "overwrite", "scheduler"}
-    assert {key for key in found if not cli.PATHS.fullmatch(key)} == others
+    assert {key for key in found if not PATHS.fullmatch(key)} == others
 
 
 def test_the_home_folder_is_where_runs_and_scores_are(script, toy, tmp_path, monkeypatch):
@@ -357,7 +365,7 @@ def wandb(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking.WandbLogger, "is_unreachable", False)
+    monkeypatch.setattr(WandbLogger, "is_unreachable", False)
     module.teardown()  # it reads its variables once
     yield module
     module.teardown()
@@ -574,8 +582,8 @@ def test_wandb_disabled_by_its_variable_writes_nothing(script, toy, tmp_path, wa
 
 
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch, capfd):
-    monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
-    progress = tracking.Progress(10)
+    monkeypatch.setattr("lml.runs.progress.LINE_SECONDS", 0.0)
+    progress = Progress(10)
     for _ in range(5):
         progress.update(2)
     progress.close()
@@ -583,12 +591,12 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch, capfd)
     assert len(lines) == 4 and lines[0].startswith("2 of 10 images, ") and " left" in lines[0]
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    progress = tracking.Progress(10)
+    progress = Progress(10)
     progress.update(10)
     progress.close()
     err = capfd.readouterr().err
     assert "10/10" in err and "image/s" in err
-    progress = tracking.Progress(10, show=False)
+    progress = Progress(10, show=False)
     progress.update(10)
     progress.close()
     assert capfd.readouterr().err == ""

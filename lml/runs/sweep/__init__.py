@@ -14,132 +14,27 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
-
-from lml import processes, runner
-from lml.device import find_device, use_device
-from lml.errors import UserError, nearest, say
-from lml.files import dump_yaml, read_object
+from lml import processes
+from lml.device import find_device
+from lml.errors import UserError, say
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find
-from lml.schema import RunConfig, Score, SweepFile, Timing
-from lml.store import canonical, disk_error, read_config, read_json, why_not_sealed, write_atomic
-from lml.tracking import Progress
-
-MISSING, DONE, FAILED, REFUSED = "missing", "done", "failed", "refused"
-# Of metrics that say more than one number; without a part, the mean is meant.
-PARTS = {
-    "inception_score": ("mean", "std"),
-    "kid": ("mean", "std"),
-    "image_reward": ("mean", "std"),
-    "precision_recall": ("precision", "recall", "f_score"),
-    "convergence": ("rmse", "cosine"),
-}
+from lml.runs.plan import choose_prompts, plan
+from lml.runs.progress import Progress
+from lml.runs.score import is_finished
+from lml.runs.sweep.cells import DONE, FAILED, MISSING, REFUSED, Cell, split_lml
+from lml.runs.sweep.ledger import Ledger
+from lml.runs.sweep.objective import find_objective, read_objective
+from lml.runs.sweep.outlook import Outlook
+from lml.seals import canonical
 
 # Makes the cells of these overrides; returns why each failed, or None, and its objective.
 Make = Callable[[list[list[str]]], list[tuple[str | None, float | None]]]
-
-
-# --- what is searched for ----------------------------------------------------------------------
-
-
-def find_objective(cfg: Mapping[str, Any]) -> str:
-    """The metric, or metric/part, that the search `cfg["sweep"]` is about. UserError if unclear."""
-    asked, metrics = cfg["sweep"]["objective"], list(cfg["metrics"])
-    if asked is None and len(metrics) != 1:
-        choice = f"one of {', '.join(metrics)}" if metrics else "metrics=NAME"
-        raise UserError(f"sweep.objective=null: {choice} is asked")
-    name, _, part = (asked or metrics[0]).partition("/")
-    if name not in metrics:
-        known = nearest(name, metrics) or "none"
-        raise UserError(f"sweep.objective={asked}: not one of the run's metrics; nearest: {known}")
-    parts = PARTS.get(name, ())
-    part = part or ("mean" if "mean" in parts else "")
-    if parts and part not in parts:
-        choice = " or ".join(f"{name}/{part}" for part in parts)
-        raise UserError(f"sweep.objective={asked or 'null'}: {choice} is asked")
-    return f"{name}/{part}" if part else name
-
-
-def read_objective(cfg: Mapping[str, Any], folder: Path) -> float | None:
-    """The objective of the finished run in `folder`; None when nothing is searched for."""
-    if not cfg.get("sweep"):
-        return None
-    name, _, part = (objective := find_objective(cfg)).partition("/")
-    file = folder / "metrics.json"
-    entry = read_object(file, dict[str, Score]).get(name, {})
-    owner = str(read_json(folder / "manifest.json").get("settings_sha256"))
-    if reason := why_not_sealed(entry, owner, name):
-        raise UserError(f"run_dir={folder}: metrics.json: {name} {reason}; nothing is chosen by it")
-    value = entry["value"]
-    if isinstance(value, Mapping) != bool(part) or (part and part not in value):
-        parts = " or ".join(f"{name}/{key}" for key in value) if isinstance(value, dict) else name
-        raise UserError(f"sweep.objective={objective}: {parts} is asked")
-    return float(value[part] if part else value)
-
-
-# --- the cells ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Cell:
-    """One setting, as it was asked for and composed; without a `plan` when it is refused."""
-
-    overrides: list[str]
-    config: dict[str, Any]
-    plan: runner.Plan | None = None
-    status: str = MISSING
-    reason: str | None = None
-    value: float | None = None  # of a search's objective
-
-    @property
-    def name(self) -> str:
-        """Of the sweep that it belongs to; "" where the config is none that can be."""
-        return self.config.get("name", "")
-
-    @property
-    def key(self) -> tuple:
-        """What is made once: the run, in its folder, with its metrics."""
-        if self.plan is None:
-            return tuple(self.overrides)
-        folder = self.plan.folder
-        return str(folder.path), folder.hash, canonical(self.config["metrics"])
-
-    @property
-    def images_to_make(self) -> int:
-        """How many are not stored, by their files alone."""
-        images = () if self.config["overwrite"] else self.plan.folder.images.glob("*.png")
-        stored = sum(1 for _ in images)
-        return max(0, self.config["num_images"] - stored)
-
-    def entry(self) -> dict[str, Any]:
-        """What sweep.yaml says of it."""
-        config = self.config
-        return {
-            "overrides": [o for o in self.overrides if _key(o) != "experiment"],
-            "run": None if self.plan is None else self.plan.folder.path.name,
-            "solver": config["solver"]["name"],
-            "grid": config["grid"].get("name", "default"),
-            "lml": config["lml"],
-            "nfe": config["nfe"],
-            "seed": config["seed"],
-            "num_images": config["num_images"],
-            "model": config["model"]["name"],
-            "dtype": config["dtype"],
-            "status": self.status,
-            "reason": self.reason,
-        }
-
-    def __str__(self) -> str:
-        return " ".join(self.overrides)
 
 
 class Sweep:
@@ -183,9 +78,7 @@ class Sweep:
     def __exit__(self, *exception: object) -> None:
         self._joined.__exit__(*exception)
         for cell in self.cells.values():
-            if cell.status == MISSING and runner.is_finished(
-                cell.plan.folder, cell.config["metrics"]
-            ):
+            if cell.status == MISSING and is_finished(cell.plan.folder, cell.config["metrics"]):
                 cell.status = DONE  # before the sweep was interrupted
         self._write()
         for ledger in self._ledgers.values():
@@ -215,7 +108,7 @@ class Sweep:
                 self._ledgers[name] = Ledger(Path("outputs", name))
         self._write()
         if begins and self.first:
-            print(self._outlook(list(self.cells.values())), flush=True)
+            print(self._outlook(), flush=True)
         todo = list({cell.key: cell for cell in cells if cell.status == MISSING}.values())
         if todo:
             made = make([cell.overrides for cell in todo])
@@ -255,12 +148,12 @@ class Sweep:
             key = canonical({key: config[key] for key in ("model", "prompts", "num_images")})
             if key not in self._found:
                 model = find(config["model"])
-                self._found[key] = model, runner.choose_prompts(config, model)
-            plan = runner.plan(config, *self._found[key])
-            finished = runner.is_finished(plan.folder, config["metrics"])
+                self._found[key] = model, choose_prompts(config, model)
+            planned = plan(config, *self._found[key])
+            finished = is_finished(planned.folder, config["metrics"])
             if finished and not config["overwrite"]:
-                cell.status, cell.value = DONE, read_objective(config, plan.folder.path)
-            cell.plan = plan
+                cell.status, cell.value = DONE, read_objective(config, planned.folder.path)
+            cell.plan = planned
         except UserError as error:
             cell.status, cell.reason = REFUSED, str(error)
         return cell
@@ -279,89 +172,6 @@ class Sweep:
         for name, ledger in self._ledgers.items():
             ledger.write([cell.entry() for cell in self.cells.values() if cell.name == name])
 
-    # --- how long it takes ---------------------------------------------------------------------
-
-    def _outlook(self, cells: Sequence[Cell]) -> str:
-        """One line: how many cells there are, what is to be made, and how long that takes."""
-        todo = [cell for cell in cells if cell.status == MISSING]
-        images = [cell.images_to_make for cell in todo]
-        parts = [f"{len(cells)} cell{'s' if len(cells) > 1 else ''}"]
-        most = ""
-        if self.trials:  # which are others than these, and as many images each
-            todo = [cell for cell in cells if cell.plan is not None][:1] * self.trials
-            images = [cell.config["num_images"] for cell in todo]
-            parts, most = [f"a search of {self.trials} trials"], " at most"
-        for status, word in ((DONE, "finished"), (REFUSED, "refused")):
-            if (count := sum(cell.status == status for cell in cells)) and not self.trials:
-                parts.append(f"{count} {word}")
-        work = [number * cell.config["nfe"] for number, cell in zip(images, todo, strict=True)]
-        names = dict.fromkeys(cell.name for cell in cells if cell.config)
-        line = f"{', '.join(names) or self.base}: {', '.join(parts)}; "
-        if sum(work):
-            line += f"to make{most}: {sum(images):,} images, {sum(work):,} evaluations, "
-            line += self._duration(todo, work)
-        else:
-            line += f"to score: {len(todo)}" if todo else "nothing to make"
-        if self._final_images:
-            line += f"; then, of the best and of lml=off, {self._final_images:,} images each"
-        return line
-
-    def _duration(self, cells: Sequence[Cell], work: Sequence[int]) -> str:
-        seconds = self._seconds(cells, work)
-        if seconds is None:
-            return "in a time that is not known yet"
-        each, rate = "" if self.local else " in one process", sum(work) / seconds
-        rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        return f"about {_duration(seconds)}{each} at {rate} evaluations/s"
-
-    def _seconds(self, cells: Sequence[Cell], work: Sequence[int]) -> float | None:
-        """How long so many evaluations of each cell take; None when that is not known."""
-        rates: dict[str, float | None] = {}
-        total = 0.0
-        for cell, evaluations in zip(cells, work, strict=True):
-            if not evaluations:
-                continue
-            kind = _kind(cell.config, cell.plan.folder.settings)
-            if kind not in rates:
-                # Only the network of the first cell: a second one would have it loaded again.
-                measure = self._measure if self.local and not rates else lambda _: None
-                rates[kind] = self._recall(cell) or measure(cell)
-            if rates[kind] is None:
-                return None
-            total += evaluations / rates[kind]
-        return total
-
-    def _recall(self, cell: Cell) -> float | None:
-        """Evaluations per second of the newest runs of the same kind under outputs/<name>."""
-        kind = _kind(cell.config, cell.plan.folder.settings)
-        here = _machine(cell.config) if self.local else {}
-        files = Path("outputs", cell.name).glob("*/timing.json")
-        rates = []
-        for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-            timing = read_json(file, Timing)
-            if any(timing.get(key) != value for key, value in here.items()):
-                continue
-            try:
-                config = read_config(file.parent, RunConfig)
-                if _kind(config, config["settings"]) == kind:
-                    rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
-            except (UserError, KeyError, TypeError):  # a folder that something else was done to
-                continue
-            if len(rates) == 5:
-                break
-        return statistics.median(rates) if rates else None
-
-    def _measure(self, cell: Cell) -> float | None:
-        """The same of one batch, made now; None when that fails, as the cell itself then will."""
-        device = use_device(cell.config["device"], cell.config["threads"])
-        share = runner.Share(device=device, **vars(cell.plan), stored=set())
-        try:
-            return share.measure() * processes.rank_and_world()[1]
-        except UserError:
-            return None
-
-    # --- the end of a search -------------------------------------------------------------------
-
     def conclude(self, make: Make) -> None:
         """Make the best setting and LML off at the full count, on seeds the search has not seen.
 
@@ -373,7 +183,7 @@ class Sweep:
         groups: dict[tuple, dict[tuple, list[float]]] = {}
         for cell in self.cells.values():
             if cell.value is not None and math.isfinite(cell.value):
-                rest, lml = _split(cell.overrides)
+                rest, lml = split_lml(cell.overrides)
                 groups.setdefault(tuple(rest), {}).setdefault(tuple(lml), []).append(cell.value)
         means = [
             {lml: statistics.fmean(values) for lml, values in settings.items()}
@@ -405,11 +215,15 @@ class Sweep:
         more = [] if count is None else [f"num_images={count}"]
         return [*rest, *lml, *more, f"seed={self.search['final_seed']}"]
 
+    def _outlook(self) -> Outlook:
+        cells = list(self.cells.values())
+        return Outlook(cells, self.base, self.local, self.trials, self._final_images)
+
     def _check_seeds(self, cells: Sequence[Cell]) -> None:
         cells = [cell for cell in cells if cell.config]
         if not cells:
             return  # nothing comes of what is refused
-        final = self.compose(self._final(_split(cells[0].overrides)[0], ["lml=off"]))
+        final = self.compose(self._final(split_lml(cells[0].overrides)[0], ["lml=off"]))
         self._final_images = final["num_images"]
         begin, end = final["seed"], final["seed"] + final["num_images"]
         for cell in cells:
@@ -419,100 +233,3 @@ class Sweep:
                     f"sweep.final_seed={begin}: {final['num_images']} images from it on share "
                     f"seeds with the search's, from {seed} on"
                 )
-
-
-# --- what is kept ------------------------------------------------------------------------------
-
-
-class Ledger:
-    """sweep.yaml in the folder of a sweep, held against other sweeps until `close`."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "sweep.yaml"
-        holder = folder / ".sweep.holder"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".sweep.lock")
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            by = holder.read_text() if holder.exists() else "another process"
-            raise UserError(
-                f"name={folder.name}: {by} is sweeping in {folder}; wait for it, or choose "
-                "another name"
-            ) from None
-        except OSError as error:
-            raise disk_error(folder, error) from None
-        command = runner.command_line()
-        write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()} (`{command}`)")
-        self._written: list[dict[str, Any]] | None = None
-        self.commands, self.cells = self._read()
-        self.commands = list(dict.fromkeys([*self.commands, command]))
-
-    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        try:
-            kept = read_object(self.path, SweepFile)
-            return kept["commands"], kept["cells"]
-        except FileNotFoundError:
-            return [], []
-        except UserError as error:
-            aside = self.path.with_name(f"{self.path.name}.broken")
-            os.replace(self.path, aside)
-            say(
-                f"{self.path}: not a sweep's; kept as {aside.name}, and written anew "
-                f"({str(error).partition(': ')[2]})"
-            )
-            return [], []
-
-    def write(self, cells: Sequence[dict[str, Any]]) -> None:
-        """These cells, and those of earlier sweeps that they do not replace."""
-        if cells == self._written:
-            return
-        self._written = list(cells)
-        runs = {cell["run"] for cell in cells}
-        asked = [cell["overrides"] for cell in cells]
-        kept = [
-            cell
-            for cell in self.cells
-            if cell["run"] not in runs - {None}
-            and (cell["status"] == DONE or cell["overrides"] not in asked)
-        ]
-        value = {"commands": self.commands, "cells": [*kept, *cells]}
-        write_atomic(self.path, dump_yaml(value))
-
-    def close(self) -> None:
-        """Let others sweep."""
-        self._lock.release()
-
-
-# --- overrides and kinds of run ----------------------------------------------------------------
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of what stays in the end, and of LML; neither has those that only a search has."""
-    lml = [o for o in overrides if _key(o) == "lml" or _key(o).startswith("lml.")]
-    return [o for o in overrides if o not in lml and _key(o) not in ("seed", "num_images")], lml
-
-
-def _kind(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What the time of an evaluation depends on, as it is asked for."""
-    asked = {key: config[key] for key in ("device", "threads")}
-    return canonical({**asked, **{key: settings[key] for key in ("model", "dtype", "compile")}})
-
-
-def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What it depends on here, by the names of timing.json."""
-    return {
-        "device": str(find_device(config["device"])),
-        "threads": config["threads"] or torch.get_num_threads(),
-        "processes": processes.rank_and_world()[1],
-    }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
