@@ -26,7 +26,7 @@ from lml.runs.records import (
     read_metrics,
 )
 from lml.runs.store import RunFolder
-from lml.runs.worker import Share
+from lml.runs.worker import Worker
 from lml.seals import sealed
 
 
@@ -51,8 +51,7 @@ def generate(
     try:
         timing = {}
         if len(stored) < count:
-            share = Share(device=device, **vars(planned), stored=stored, latents=latents)
-            timing = share.make(observer)
+            timing = Worker(planned, device, stored, latents).make(observer)
         if rank == 0:
             _finish(folder, count, planned.prompts, timing)
         return folder, timing

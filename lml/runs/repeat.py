@@ -22,7 +22,7 @@ from lml.runs.records import (
     read_config,
 )
 from lml.runs.solver import read_solver
-from lml.runs.worker import Share
+from lml.runs.worker import Worker
 from lml.seals import differences
 
 
@@ -79,14 +79,14 @@ def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Repla
     if found := differences(settings, config.get("settings", settings)):
         path, reason = planned.folder.path, "; ".join(found[:2])
         raise UserError(f"run_dir={path}: its images can't be made again now ({reason})")
-    share, scheduler = Share(device=device, **vars(planned), stored=set()), planned.scheduler
-    sampler = share.sampler()
+    worker, scheduler = Worker(planned, device), planned.scheduler
+    sampler = worker.sampler()
 
     def batches() -> Iterator[Trajectory]:
         rank, world = rank_and_world()
-        for block in share.blocks(count)[rank::world]:
+        for block in worker.blocks(count)[rank::world]:
             with record(sampler.network, scheduler) as trajectory:
-                trajectory.images = share.images(sampler, block)
+                trajectory.images = worker.images(sampler, block)
             yield trajectory
 
     return Replay(sampler.network, scheduler, scheduler.timesteps.tolist(), count, batches())

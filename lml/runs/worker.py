@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,56 +15,115 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from lml.data import prompts as prompt_sets
 from lml.errors import RunError
-from lml.pipelines import Model, Sampler, pixel
+from lml.pipelines import Sampler, pixel
 from lml.processes import gather, on_first, rank_and_world
 from lml.runs.observer import Observer
+from lml.runs.plan import Plan
 from lml.runs.sampling import guarded, load_sampler
 from lml.runs.stopwatch import Stopwatch
-from lml.runs.store import RunFolder
 from lml.runs.writer import Writer
 
 
 @dataclass
-class Share:
-    """What one of N processes makes of a run: each Nth of the blocks that miss an image."""
+class _Part:
+    """What one process has to say of its part of the run."""
 
-    cfg: Mapping[str, Any]
+    images: int
+    evaluations: int  # of all images together
+    duration: float  # seconds from its first image to its last, stored
+    guided: bool
+    seconds: Counter  # by part of the work
+
+
+@dataclass
+class Worker:
+    """One of the N processes that make a run: every Nth incomplete batch is made by it."""
+
+    plan: Plan
     device: torch.device
-    model: Model
-    prompts: prompt_sets.PromptSet | None
-    scheduler: SchedulerMixin
-    steps: int
-    folder: RunFolder
-    stored: set[int]
+    stored: set[int] = field(default_factory=set)  # the images that are there
     latents: bool = False  # keep them, too
 
     def make(self, observer: Observer) -> dict[str, Any]:
         """Make and store the images that are missing; returns the timing of all processes."""
         rank, world = rank_and_world()
-        blocks = self.blocks(self.cfg["num_images"])
+        blocks = self.blocks(self.plan.cfg["num_images"])
         blocks = [block for block in blocks if not self.stored.issuperset(block)][rank::world]
         sampler = self.sampler() if blocks else None
-        if sampler and self.prompts is not None and rank == 0:
-            for line in sampler.cut(self.prompts.texts):
+        if sampler and self.plan.prompts is not None and rank == 0:
+            for line in sampler.cut(self.plan.prompts.texts):
                 observer.say(line)
-        watch = Stopwatch(self.device)
-        if blocks:
-            watch.attach(sampler.network, "network", count=True)
-            for name, network in sampler.parts.items():
-                watch.attach(network, name)
-            if isinstance(correction := getattr(self.scheduler, "correction", None), nn.Module):
-                watch.attach(correction, "correction")
-        observer.begin(sum(map(len, blocks)))
+        watch = self._watch(sampler)
+        images = sum(map(len, blocks))
+        observer.begin(images)
         start = time.perf_counter()
-        with contextlib.closing(watch), Writer(self.folder) as writer:
-            # A block is made whole, even if one image is missing: its composition is fixed.
-            batches = ((block, self._batch(sampler, block, watch)) for block in blocks)
-            if self.cfg["overwrite"]:
+        with contextlib.closing(watch):
+            self._store(blocks, sampler, watch, observer)
+        duration = time.perf_counter() - start
+        guided = bool(sampler and sampler.guided)
+        return self._timing(_Part(images, watch.evaluations, duration, guided, watch.seconds()))
+
+    def measure(self) -> float:
+        """Network evaluations per second of this process, as `nfe` counts them: of its first batch.
+
+        The network stays loaded, compiled for the size of batch that the run has.
+        """
+        sampler, block = self.sampler(), self.blocks(self.plan.cfg["num_images"])[0]
+        short = replace(self, plan=replace(self.plan, steps=min(2, self.plan.steps)))
+        short._batch(sampler, block, Stopwatch(self.device))
+        start = time.perf_counter()
+        self._batch(sampler, block, Stopwatch(self.device))
+        return self.plan.cfg["nfe"] * len(block) / (time.perf_counter() - start)
+
+    def sampler(self) -> Sampler:
+        """The loaded model; it is kept for the next run."""
+        return load_sampler(self.plan.cfg, self.plan.model, self.device)
+
+    def blocks(self, count: int) -> list[range]:
+        """The first `count` images in batches."""
+        size = self.plan.cfg["batch_size"]
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+    def images(self, sampler: Sampler, block: range) -> Tensor:
+        """Those of the numbers in `block`, (B, C, H, W) in about [-1, 1]."""
+        cfg, model, scheduler = self.plan.cfg, self.plan.model, self.plan.scheduler
+        seeds = [cfg["seed"] + i for i in block]
+        prompts = self.plan.prompts
+        texts = None if prompts is None else prompts[block.start : block.stop].texts
+        options = cfg["solver"].get("step") or {}
+        with guarded(cfg, model, self.device):
+            try:
+                with _finite_images(sampler, scheduler) as checked:
+                    return checked(sampler(scheduler, self.plan.steps, seeds, texts, **options))
+            except FloatingPointError as error:
+                raise RunError(
+                    f"model={model.name}: {error}; images {block[0]} to {block[-1]} not stored"
+                ) from None
+
+    def _watch(self, sampler: Sampler | None) -> Stopwatch:
+        """Looks at the sampler's networks and at the correction, until it is closed."""
+        watch = Stopwatch(self.device)
+        if sampler is None:
+            return watch
+        watch.attach(sampler.network, "network", count=True)
+        for name, network in sampler.parts.items():
+            watch.attach(network, name)
+        if isinstance(correction := getattr(self.plan.scheduler, "correction", None), nn.Module):
+            watch.attach(correction, "correction")
+        return watch
+
+    def _store(
+        self, blocks: list[range], sampler: Sampler | None, watch: Stopwatch, observer: Observer
+    ) -> None:
+        """Make the images of `blocks`, and store those that are missing."""
+        # A block is made whole, even if one image is missing: its composition is fixed.
+        batches = ((block, self._batch(sampler, block, watch)) for block in blocks)
+        with Writer(self.plan.folder) as writer:
+            if self.plan.cfg["overwrite"]:
                 # What cannot be made, for whatever reason, replaces nothing.
                 batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
-                on_first(self.folder.begin)
+                on_first(self.plan.folder.begin)
             for block, pixels in batches:
                 latents = [None] * len(block)
                 if self.latents:
@@ -75,82 +134,52 @@ class Share:
                 observer.made(len(block))
             with watch.measure("writing"):
                 writer.wait()
-        guided = bool(sampler and sampler.guided)
-        return self._timing(watch, sum(map(len, blocks)), time.perf_counter() - start, guided)
-
-    def measure(self) -> float:
-        """Network evaluations per second of this process, as `nfe` counts them: of its first batch.
-
-        The network stays loaded, compiled for the size of batch that the run has.
-        """
-        sampler, block = self.sampler(), range(min(self.cfg["batch_size"], self.cfg["num_images"]))
-        replace(self, steps=min(2, self.steps))._batch(sampler, block, Stopwatch(self.device))
-        start = time.perf_counter()
-        self._batch(sampler, block, Stopwatch(self.device))
-        return self.cfg["nfe"] * len(block) / (time.perf_counter() - start)
-
-    def sampler(self) -> Sampler:
-        """The loaded model; it is kept for the next run."""
-        return load_sampler(self.cfg, self.model, self.device)
-
-    def blocks(self, count: int) -> list[range]:
-        """The first `count` images in batches."""
-        size = self.cfg["batch_size"]
-        return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     def _batch(self, sampler: Sampler, block: range, watch: Stopwatch) -> np.ndarray:
         with watch.measure("sampling"):
             images = self.images(sampler, block)
         return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
-    def images(self, sampler: Sampler, block: range) -> Tensor:
-        """Those of the numbers in `block`, (B, C, H, W) in about [-1, 1]."""
-        seeds = [self.cfg["seed"] + i for i in block]
-        prompts = None if self.prompts is None else self.prompts[block.start : block.stop].texts
-        options = self.cfg["solver"].get("step") or {}
-        with guarded(self.cfg, self.model, self.device):
-            try:
-                with _finite_images(sampler, self.scheduler) as checked:
-                    return checked(sampler(self.scheduler, self.steps, seeds, prompts, **options))
-            except FloatingPointError as error:
-                raise RunError(
-                    f"model={self.model.name}: {error}; images {block[0]} to {block[-1]} not stored"
-                ) from None
-
-    def _timing(
-        self, watch: Stopwatch, images: int, seconds: float, guided: bool
-    ) -> dict[str, Any]:
-        shares = gather((watch.seconds(), watch.evaluations, images, seconds, guided))
-        parts = sum((share[0] for share in shares), Counter())
-        evaluations, images = (sum(share[i] for share in shares) for i in (1, 2))
-        per_image, nfe = evaluations / images, self.cfg["nfe"]
+    def _timing(self, part: _Part) -> dict[str, Any]:
+        """What timing.json says, of all processes."""
+        parts = gather(part)
+        images = sum(part.images for part in parts)
+        evaluations = sum(part.evaluations for part in parts)
+        per_image, nfe = evaluations / images, self.plan.cfg["nfe"]
         # Most guided models are evaluated with and without the prompt; some take guidance as input.
-        if per_image not in (nfe, 2 * nfe if any(share[4] for share in shares) else nfe):
+        if per_image not in (nfe, 2 * nfe if any(part.guided for part in parts) else nfe):
             raise RuntimeError(f"nfe={nfe}, but {per_image:g} evaluations were counted")
-        total = sum(share[3] for share in shares)
-        known = ("sampling", "network", "correction", "writing")
-        others = {name: value for name, value in parts.items() if name not in known}
-        inside = parts["network"] + sum(others.values())
-        seconds = {
-            "network": parts["network"],
-            **others,
-            "correction": parts["correction"],
-            "solver": parts["sampling"] - inside - parts["correction"],
-            "writing": parts["writing"],
-            "other": total - parts["sampling"] - parts["writing"],
-            "total": total,
-        }
+        seconds, outside = _seconds(parts)
         return {
             "images": images,
-            "images_per_second": round(images / max(share[3] for share in shares), 3),
+            "images_per_second": round(images / max(part.duration for part in parts), 3),
             "evaluations_per_image": nfe,
             "guidance_evaluations_per_image": per_image - nfe,
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "outside_network": round(1 - inside / total, 4),
-            "processes": len(shares),
+            "outside_network": round(outside, 4),
+            "processes": len(parts),
             "threads": torch.get_num_threads(),
             "device": str(self.device),
         }
+
+
+def _seconds(parts: Sequence[_Part]) -> tuple[dict[str, float], float]:
+    """Seconds of all processes by what took them, and the share spent outside the networks."""
+    total = sum(part.duration for part in parts)
+    spent = sum((part.seconds for part in parts), Counter())
+    known = ("sampling", "network", "correction", "writing")
+    others = {name: value for name, value in spent.items() if name not in known}
+    inside = spent["network"] + sum(others.values())
+    seconds = {
+        "network": spent["network"],
+        **others,
+        "correction": spent["correction"],
+        "solver": spent["sampling"] - inside - spent["correction"],
+        "writing": spent["writing"],
+        "other": total - spent["sampling"] - spent["writing"],
+        "total": total,
+    }
+    return seconds, 1 - inside / total
 
 
 @contextlib.contextmanager

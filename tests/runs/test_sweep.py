@@ -30,7 +30,7 @@ from lml.runs import plan as planning
 from lml.runs import sample
 from lml.runs.progress import Progress
 from lml.runs.sweep import Sweep, objective
-from lml.runs.worker import Share
+from lml.runs.worker import Worker
 
 TOY = [
     "-m",
@@ -211,8 +211,8 @@ def test_nothing_is_chosen_by_a_score_without_its_seal(script, tmp_path, harm):
 
 def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, monkeypatch):
     measured = []
-    measure = Share.measure
-    monkeypatch.setattr(Share, "measure", lambda share: measured.append(1) or measure(share))
+    measure = Worker.measure
+    monkeypatch.setattr(Worker, "measure", lambda self: measured.append(1) or measure(self))
     outcome = script("sample", *TOY, "nfe=4,6")
     pattern = r"study: 2 cells; to make: 12 images, 60 evaluations, about \d+ s at [\d,]+ eval"
     assert re.match(pattern, outcome.out) and len(measured) == 1

@@ -16,7 +16,7 @@ from lml.files import read_json
 from lml.processes import rank_and_world
 from lml.runs.records import read_config
 from lml.runs.sweep.cells import DONE, MISSING, REFUSED, Cell
-from lml.runs.worker import Share
+from lml.runs.worker import Worker
 from lml.schema import RunConfig, Timing
 from lml.seals import canonical
 
@@ -118,9 +118,8 @@ def _recall(cell: Cell, local: bool) -> float | None:
 def _measure(cell: Cell) -> float | None:
     """The same of one batch, made now; None when that fails, as the cell itself then will."""
     device = use_device(cell.config["device"], cell.config["threads"])
-    share = Share(device=device, **vars(cell.plan), stored=set())
     try:
-        return share.measure() * rank_and_world()[1]
+        return Worker(cell.plan, device).measure() * rank_and_world()[1]
     except UserError:
         return None
 
