@@ -15,7 +15,7 @@ from lml.processes import joined, on_first
 from lml.runs.generate import generate
 from lml.runs.observer import Observer
 from lml.runs.repeat import reference_run, replay
-from lml.runs.score import _sealed
+from lml.runs.score import seal_scores
 
 
 def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
@@ -42,6 +42,6 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             manifest = on_first(folder.read_manifest)
             results = evaluate(folder.images, metrics, context=context)
             observer.scored(results)  # first: should the disk be full, they have been seen
-            results = _sealed(results, config["metrics"], folder)
+            results = seal_scores(results, config["metrics"], folder)
             on_first(partial(folder.add_metrics, results, manifest))
     return folder.path

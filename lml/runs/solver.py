@@ -13,9 +13,8 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from lml import schema
-from lml.configs import compose
+from lml.configs import CONFIGS, compose
 from lml.damping import GRIDS
-from lml.data.assets import ROOT
 from lml.errors import UserError, first_line, nearest
 from lml.pipelines import Model
 from lml.schema import check_call
@@ -44,8 +43,34 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     option that the solver does not have, or a value that it refuses.
     """
     name = cfg["solver"]["name"]
-    options = dict(cfg["solver"]["scheduler"])
-    target = options.pop("_target_")
+    cls = _find_class(cfg["solver"]["scheduler"]["_target_"], name, model)
+    groups = {
+        "solver.scheduler": _without(cfg["solver"]["scheduler"], "_target_"),
+        "grid": _without(cfg["grid"], "name", OWN_GRID),
+        "lml": _without(cfg["lml"], "name"),
+    }
+    schema.check(cfg["grid"], schema.Grid, "grid")
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    _check_options(groups, cls, known, cfg)
+    _check_step(cfg["solver"].get("step") or {}, cls, name)
+    own = _options_of(model, name, known, cfg["grid"].get(OWN_GRID, False))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
+            return cls.from_config(own, **{k: v for g in groups.values() for k, v in g.items()})
+    except Exception as error:  # whatever a solver stumbles on in its options
+        reason = first_line(error)
+        key = reason.split("=")[0]
+        group = next((g for g, values in groups.items() if key in values), None)
+        raise UserError(f"{group}.{reason}" if group else f"solver={name}: {reason}") from None
+
+
+def _without(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in keys}
+
+
+def _find_class(target: str, name: str, model: Model) -> type[SchedulerMixin]:
+    """The class of the solver called `name`. UserError where it is not for the model."""
     try:
         cls = get_class(target)
     except Exception as error:  # Hydra wraps whatever the import raised
@@ -56,14 +81,14 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
         kind = type(model.scheduler).__name__
         raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
-    groups = {
-        "solver.scheduler": options,
-        "grid": {k: v for k, v in cfg["grid"].items() if k not in ("name", OWN_GRID)},
-        "lml": {k: v for k, v in cfg["lml"].items() if k != "name"},
-    }
-    schema.check(cfg["grid"], schema.Grid, "grid")
-    own_grid = cfg["grid"].get(OWN_GRID, False)
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    return cls
+
+
+def _check_options(
+    groups: Mapping[str, Mapping[str, Any]], cls: type, known: set[str], cfg: Mapping[str, Any]
+) -> None:
+    """UserError for an option, by its group, that is none of the `known` of `cls`."""
+    name = cfg["solver"]["name"]
     for group, values in groups.items():
         for key, value in values.items():
             if key in known:
@@ -76,11 +101,23 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
             close = nearest(key, known)
             raise UserError(f"{group}.{key}={value}: {name} has no such option; nearest: {close}")
         check_call(cls, values, group)
-    for key, value in (cfg["solver"].get("step") or {}).items():
-        if key not in (taken := inspect.signature(cls.step).parameters):
+
+
+def _check_step(options: Mapping[str, Any], cls: type, name: str) -> None:
+    """UserError for what a step of the solver does not take."""
+    taken = inspect.signature(cls.step).parameters
+    for key, value in options.items():
+        if key not in taken:
             close = nearest(key, taken)
             raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
-    check_call(inspect.unwrap(cls.step), cfg["solver"].get("step") or {}, "solver.step")
+    check_call(inspect.unwrap(cls.step), options, "solver.step")
+
+
+def _options_of(model: Model, name: str, known: set[str], own_grid: bool) -> dict[str, Any]:
+    """What the solver takes of the model's own scheduler. UserError for what it has to, and can't.
+
+    With `own_grid`, its grid, too.
+    """
     own = model.scheduler.config
     for key in NOISE_SCHEDULE:
         if own.get(key) is True and key not in known:
@@ -89,22 +126,14 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     # there diffusers would put the other class's default, such as Heun's own betas.
     defaults = set(own.get("_use_default_values", ())) - set(NOISE_SCHEDULE)
     left = defaults if own_grid else defaults | set(GRID)
-    base = {k: v for k, v in own.items() if k in known and k not in left}
+    options = {key: value for key, value in own.items() if key in known and key not in left}
     if model.has_latents and "clip_sample" in known:
-        base.setdefault("clip_sample", False)  # to [-1, 1], as DDIM's default is for pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
-            return cls.from_config(base, **{k: v for g in groups.values() for k, v in g.items()})
-    except Exception as error:  # whatever a solver stumbles on in its options
-        reason = first_line(error)
-        key = reason.split("=")[0]
-        group = next((g for g, values in groups.items() if key in values), None)
-        raise UserError(f"{group}.{reason}" if group else f"solver={name}: {reason}") from None
+        options.setdefault("clip_sample", False)  # to [-1, 1], as DDIM's default is for pixels
+    return options
 
 
 def _fitting_grids(known: set[str]) -> list[str]:
-    names = sorted(file.stem for file in (ROOT / "configs/grid").glob("*.yaml"))
+    names = sorted(file.stem for file in (CONFIGS / "grid").glob("*.yaml"))
     return [
         name for name in names if set(compose(f"+grid={name}").grid) - {"name", OWN_GRID} <= known
     ]
@@ -112,7 +141,7 @@ def _fitting_grids(known: set[str]) -> list[str]:
 
 def read_solver(name: str, key: str) -> dict[str, Any]:
     """The config group solver=`name`. UserError, beginning with `key`, where there is none."""
-    known = [file.stem for file in (ROOT / "configs/solver").glob("*.yaml")]
+    known = [file.stem for file in (CONFIGS / "solver").glob("*.yaml")]
     if name not in known:
         raise UserError(f"{key}={schema.shown(name)}: unknown; nearest: {nearest(name, known)}")
     return OmegaConf.to_container(compose(f"+solver={name}").solver)
