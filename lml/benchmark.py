@@ -40,7 +40,7 @@ from lml.device import find_device
 from lml.errors import UserError
 from lml.files import read_json, read_object, write_json
 from lml.metrics.evaluate import evaluate
-from lml.pipelines import find, pixel
+from lml.pipelines import find_model, pixel
 from lml.runs.observer import Observer
 from lml.runs.records import check_output
 from lml.runs.sample import run
@@ -236,7 +236,7 @@ def run_speed(
 def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     """DDIMPipeline on a run's checkpoint; makes the images of `indices`, (B, H, W, C) in [0, 1]."""
     config = OmegaConf.to_container(config, resolve=True)
-    model = pixel.find(config["model"])
+    model = pixel.find_pixel_model(config["model"])
     device = find_device(config["device"])
     options = make_scheduler(config, model).config
     options = {name: value for name, value in options.items() if name not in OPTIONS}
@@ -273,7 +273,7 @@ def pipeline_overhead(batches: int) -> list[Row]:
             overrides = [f"model={name}", f"model.path={path}", f"solver={solver}"]
             with run_config(None, [*overrides, "model.height=16", "model.width=16"]) as config:
                 cfg = OmegaConf.to_container(config, resolve=True)
-            model = find(cfg["model"])
+            model = find_model(cfg["model"])
             scheduler = make_scheduler(cfg, model)
             sampler = model.sampler(torch.device("cpu"), torch.float32, False, False)
 

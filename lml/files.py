@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from lml.errors import RunError, UserError, first_line
-from lml.schema import find, shown
+from lml.schema import find_problem, shown
 
 NAME_MAX = 255  # bytes of a file name, on all common file systems
 PATH_MAX = 3800  # bytes of a path: Linux takes 4095, and names are put behind it
@@ -154,7 +154,7 @@ def read_object(path: Path, schema: Any = None) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({first_line(reason)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not an object of keys and values")
-    if schema is not None and (problem := find(schema, value, "")):
+    if schema is not None and (problem := find_problem(schema, value, "")):
         raise UserError(f"{path}: {problem}")
     return value
 

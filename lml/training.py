@@ -42,7 +42,7 @@ from lml.instances import make
 from lml.metrics.features import FeatureNetwork
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
-from lml.schema import find
+from lml.schema import find_problem
 
 
 class Budget(schema.Budget):
@@ -230,7 +230,7 @@ def _record(line: str) -> dict[str, float]:
         record = load_json(line)
     except ValueError:
         return {}
-    return {} if find(dict[str, float | str], record, "") else record
+    return {} if find_problem(dict[str, float | str], record, "") else record
 
 
 def draw_curve(log: Path, out: Path) -> None:

@@ -84,7 +84,7 @@ def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     if solver == "ipndm_diffusers":
         more += ["~model.scheduler", "+" + schedule]
     cfg = composed(f"solver={solver}", f"lml={lml}", f"model={model}", *more)
-    found = pixel.find(cfg["model"])
+    found = pixel.find_pixel_model(cfg["model"])
     if solver.endswith("_released") and lml == "default":
         with pytest.raises(UserError, match=r"^lml\.anchor=history: the released code has ema"):
             make_scheduler(cfg, found)
@@ -136,7 +136,7 @@ def test_every_grid_runs_and_differs(script, toy, tmp_path, grid):
     assert (outcome.code, outcome.err) == (0, "")
     cfg = composed(f"grid={grid}", "model=gaussian")
     plain = composed("model=gaussian")
-    model = pixel.find(cfg["model"])
+    model = pixel.find_pixel_model(cfg["model"])
     ours, default = (make_scheduler(c, model) for c in (cfg, plain))
     ours.set_timesteps(6)
     default.set_timesteps(6)
@@ -185,7 +185,7 @@ def tiny(tiny_model, pipelines, prompts, tmp_path) -> Callable[[dict], list[str]
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_is_found_and_runs(script, tiny, model):
     cfg = composed(f"model={model}")["model"]
-    if model == "ideal_cifar10" and cifar10.find(None) is None:
+    if model == "ideal_cifar10" and cifar10.find_folder(None) is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     flow = model.endswith("flow") or model in FLOW
     solver = "flow_euler" if flow else "dpmsolverpp"
@@ -239,7 +239,7 @@ def test_an_experiment_begins_with_its_command_and_says_only_what_differs(file):
 @pytest.mark.parametrize("file", experiment_files(), ids=lambda file: file.stem)
 def test_every_experiment_runs_at_toy_size(script, tiny, tmp_path, file):
     """With its own model's class, solver and correction; metrics need networks of their own."""
-    if "ideal_cifar10" in file.read_text() and cifar10.find(None) is None:
+    if "ideal_cifar10" in file.read_text() and cifar10.find_folder(None) is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     experiment = f"experiment={file.stem}"
     cfg = composed(experiment, "prompts=none")  # a text model's are a file of the user's

@@ -19,7 +19,7 @@ from lml.configs import compose
 from lml.errors import UserError
 from lml.files import file_hash
 from lml.metrics import frechet, networks
-from lml.pipelines import find, loading, text
+from lml.pipelines import find_model, loading, text
 from lml.report import labels
 from lml.runs import sample
 from lml.runs.records import read_config
@@ -298,7 +298,7 @@ def test_a_noise_schedule_is_a_scheduler(tiny_model, tmp_path, name):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     edit(folder / "scheduler/scheduler_config.json", _class_name=name)
     with pytest.raises(UserError, match="makes no scheduler") as caught:
-        find({"name": "tiny", "path": str(folder)})
+        find_model({"name": "tiny", "path": str(folder)})
     assert "\n" not in str(caught.value)
 
 
@@ -354,7 +354,7 @@ def test_what_is_fetched_brings_no_code(monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     config = {"name": "m", "hub_id": "somebody/something", "guidance_scale": 1.0}
     with pytest.raises(UserError, match=r"^model\.hub_id=somebody/something: "):
-        text.find(config)
+        text.find_text_model(config)
 
 
 @pytest.mark.parametrize("place", ["metrics.image_reward.tokenizer", "metrics.clip_score.model"])

@@ -179,12 +179,12 @@ def test_paths_that_no_file_has(path):
 
 @pytest.mark.parametrize("name", ["~/x", "a", "a.b", "...", ".a", "a/..b", "データ"])
 def test_names_of_folders(name):
-    assert schema.find(schema.Name, name, "name") is None
+    assert schema.find_problem(schema.Name, name, "name") is None
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/..", "a/../b", "./a", "/a", "a\nb", "\0", 5])
 def test_names_that_lead_elsewhere(name):
-    assert schema.find(schema.Name, name, "name")
+    assert schema.find_problem(schema.Name, name, "name")
 
 
 # --- the command line --------------------------------------------------------------------------

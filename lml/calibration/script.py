@@ -31,7 +31,7 @@ from lml.device import use_device
 from lml.errors import UserError, first_line, say
 from lml.files import disk_error, read_object, write_json
 from lml.instances import make
-from lml.pipelines import Model, find, pixel
+from lml.pipelines import Model, find_model, pixel
 from lml.processes import joined, on_first, rank_and_world
 from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
@@ -145,7 +145,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check(config)
     device = use_device(config["device"], config["threads"])
     with joined():
-        model = find(config["model"])
+        model = find_model(config["model"])
         scheduler = make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
         if not hasattr(scheduler, "dampings"):
             raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")

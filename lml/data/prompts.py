@@ -89,7 +89,7 @@ def read(path: str | Path) -> PromptSet:
     return _collect(FILE, entries, str(path))
 
 
-def find(images: str | Path, config: Mapping[str, Any] | None = None) -> list[str] | None:
+def find_texts(images: str | Path, config: Mapping[str, Any] | None = None) -> list[str] | None:
     """The prompts of a folder of images: those of the run that made them, else those of `config`.
 
     None where there are neither. UserError when there are both and they aren't the same.

@@ -151,7 +151,7 @@ class PixelSampler:
         )
 
 
-def find(config: Mapping[str, Any]) -> PixelModel:
+def find_pixel_model(config: Mapping[str, Any]) -> PixelModel:
     """The model that a config of the group `model` describes.
 
     Either `network` and `scheduler` are objects to make (`_target_`), or `path` (or `hub_id` and

@@ -17,7 +17,7 @@ from lml.data import prompts as prompt_sets
 from lml.data.images import read
 from lml.errors import UserError
 from lml.files import write_atomic, write_json
-from lml.pipelines import find
+from lml.pipelines import find_model
 from lml.processes import on_first, rank_and_world
 from lml.runs.observer import Observer
 from lml.runs.plan import choose_prompts, plan
@@ -43,7 +43,7 @@ def generate(
     those that images were decoded from are kept beside them, if the model has any.
     """
     rank, _ = rank_and_world()
-    model = find(cfg["model"])
+    model = find_model(cfg["model"])
     planned = plan(cfg, model, choose_prompts(cfg, model))
     folder, count = planned.folder, cfg["num_images"]
     latents = latents and model.has_latents

@@ -11,7 +11,7 @@ import torch
 from lml import schema
 from lml.errors import UserError
 from lml.instances import check_targets
-from lml.pipelines import find
+from lml.pipelines import find_model
 from lml.pipelines.trajectory import Replay, Trajectory, record
 from lml.processes import rank_and_world
 from lml.runs.generate import generate
@@ -73,7 +73,7 @@ def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Repla
     In batches of the run's size, so that with `count` below it numbers may differ by rounding.
     UserError for a run on the disk that would now come out differently.
     """
-    model = find(config["model"])
+    model = find_model(config["model"])
     planned = plan(config, model, choose_prompts(config, model))
     settings = planned.folder.settings
     if found := differences(settings, config.get("settings", settings)):

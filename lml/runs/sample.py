@@ -36,7 +36,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
         observer.finish(folder, timing)
         if metrics:
             reference = partial(reference_run, config, device, observer, latents=latents)
-            texts = on_first(partial(prompt_sets.find, folder.images))
+            texts = on_first(partial(prompt_sets.find_texts, folder.images))
             again = partial(replay, config, device)
             context = Context(reference, device, prompts=texts, replay=again, say=observer.say)
             manifest = on_first(folder.read_manifest)

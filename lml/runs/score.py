@@ -49,7 +49,7 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
         if not isinstance(entry, dict) or why_not_sealed(entry, folder.hash, name):
             return False
         # What older versions of scripts/evaluate.py scored does not say how it was asked for.
-        if schema.find(schema.Score, entry, name):
+        if schema.find_problem(schema.Score, entry, name):
             return False
         if entry.get("config_sha256", digest) != digest:
             return False
@@ -83,7 +83,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     _check_out(out, images, is_runs)
     with joined():
         manifest = on_first(partial(_check_images, run, images)) if run is not None else {}
-        texts = on_first(partial(prompt_sets.find, images, config["prompts"]))
+        texts = on_first(partial(prompt_sets.find_texts, images, config["prompts"]))
         size = config["batch_size"]
         context = Context(asked.reference, device, size, texts, asked.replay, observer.say)
         results = evaluate(images, config["metrics"], context=context)

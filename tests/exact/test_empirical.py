@@ -132,7 +132,7 @@ print(peak() - before, peak())
 
 
 @pytest.mark.skipif(
-    cifar10.find() is None,
+    cifar10.find_folder() is None,
     reason=f"CIFAR-10 is not in {' or '.join(map(str, cifar10.SEARCHED))}",
 )
 def test_cifar10():

@@ -204,7 +204,7 @@ def test_other_bad_input(problem):
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture", "ideal_cifar10"])
 def test_the_configs_make_what_they_say(name):
-    if name == "ideal_cifar10" and cifar10.find() is None:
+    if name == "ideal_cifar10" and cifar10.find_folder() is None:
         pytest.skip(f"CIFAR-10 is not in {' or '.join(map(str, cifar10.SEARCHED))}")
     path = Path(__file__).parents[2] / "configs/model" / f"{name}.yaml"
     config = OmegaConf.create({"model": OmegaConf.load(path)})

@@ -224,13 +224,13 @@ def test_images_are_those_of_the_pipeline_with_the_models_own_config(
 @pytest.mark.parametrize("name", sorted(set(tiny_pipelines.PIPELINES) - set(FLOW)))
 def test_no_latents_are_clipped(pipelines, tmp_path, name):
     """Of images without a prompt's help: their numbers go beyond 1 with every solver."""
-    from lml.pipelines import find
+    from lml.pipelines import find_model
 
     folder = Path(shutil.copytree(pipelines / name, tmp_path / name))
     stored = {k: v for k, v in HUB_SCHEDULERS[name].items() if k != "clip_sample"}
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(stored))
     config = composed(f"model={name}", f"model.path={folder}", "prompts=none")
-    found = find(config["model"])
+    found = find_model(config["model"])
     sampler = found.sampler(torch.device("cpu"), torch.float32, False, False)
     for solver in ("ddim", "ipndm", "heun"):
         cfg = composed(f"model={name}", f"solver={solver}", "lml=off")

@@ -98,7 +98,7 @@ def test_an_image_is_the_loop_written_out(finished, tiny_model):
     """The first block by hand: seeds, noise, a diffusers solver of its own, rounding."""
     from lml.schedulers import LMLDPMSolverMultistepScheduler
 
-    model = pixel.find({"name": "tiny", "path": str(tiny_model), "patch": 1})
+    model = pixel.find_pixel_model({"name": "tiny", "path": str(tiny_model), "patch": 1})
     network = model.load(torch.device("cpu"), torch.float32)
     scheduler = LMLDPMSolverMultistepScheduler(
         beta_start=1e-4,
@@ -327,7 +327,7 @@ def scheduler(solver: str, grid: str = "default"):
         cfg = compose("sample", [f"solver={solver}", "lml=off", "model=gaussian", f"grid={grid}"])
     cfg = OmegaConf.to_container(cfg, resolve=True)
     cfg["model"]["scheduler"] = {"_target_": "diffusers.DDPMScheduler"}
-    return make_scheduler(cfg, pixel.find(cfg["model"]))
+    return make_scheduler(cfg, pixel.find_pixel_model(cfg["model"]))
 
 
 REACHABLE = {"heun": range(1, 40, 2), "pndm": [1, *range(3, 40)]}
@@ -777,9 +777,9 @@ def test_images_of_another_size(script, toy, tmp_path):
     runs = list((tmp_path / "outputs/cifar10-dpmsolverpp").iterdir())
     sizes = [Image.open(run / "images/000000.png").size for run in runs]
     assert sorted(sizes) == [(8, 8), (16, 16)]
-    embedded = pixel.find(
+    embedded = pixel.find_pixel_model(
         {"name": "cifar10", "path": "assets/cifar10", "patch": 1, "sample_size": 64}
     )
     assert pixel.size(embedded.load(torch.device("cpu"), torch.float32)) == (64, 64)
     with pytest.raises(UserError, match=r"model\.sample_size=68: null, or a multiple of 8"):
-        pixel.find({**embedded.config, "sample_size": 68})
+        pixel.find_pixel_model({**embedded.config, "sample_size": 68})

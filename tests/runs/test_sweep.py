@@ -25,7 +25,7 @@ from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.metrics.convergence import Convergence
 from lml.metrics.direction import higher_is_better
-from lml.pipelines import find
+from lml.pipelines import find_model
 from lml.runs import plan as planning
 from lml.runs import sample
 from lml.runs.progress import Progress
@@ -461,7 +461,7 @@ def test_the_runs_of_a_table_are_found():
     """What the committed table was made of has the hash that its cell has today."""
     cell = ["experiment=calibrated_cifar10", "lml=off", "solver=ddim", "nfe=5", "seed=0"]
     cfg = composed(*cell, "grid=default", "batch_size=500", "compile=false")
-    planned = planning.plan(cfg, find(cfg["model"]), None)
+    planned = planning.plan(cfg, find_model(cfg["model"]), None)
     (run,) = {  # of all metrics
         row["run"]
         for row in csv.DictReader((ROOT / "experiments/calibrated_cifar10/results.csv").open())

@@ -23,7 +23,7 @@ from lml import processes
 from lml.device import find_device
 from lml.errors import UserError, say
 from lml.metrics.direction import higher_is_better
-from lml.pipelines import find
+from lml.pipelines import find_model
 from lml.runs.plan import choose_prompts, plan
 from lml.runs.progress import Progress
 from lml.runs.score import is_finished
@@ -147,7 +147,7 @@ class Sweep:
             # Weights are read to know them by their hash, so once.
             key = canonical({key: config[key] for key in ("model", "prompts", "num_images")})
             if key not in self._found:
-                model = find(config["model"])
+                model = find_model(config["model"])
                 self._found[key] = model, choose_prompts(config, model)
             planned = plan(config, *self._found[key])
             finished = is_finished(planned.folder, config["metrics"])
