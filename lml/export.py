@@ -24,7 +24,7 @@ from lml.files import NAME_MAX, file_hash, open_regular, plain_name, read_json, 
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
 from lml.runs.records import check_output, read_config
-from lml.schema import RunConfig, check
+from lml.schema import RunConfig, check, check_whole
 from lml.seals import canonical, settings_hash
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
@@ -98,9 +98,7 @@ class T2ICompBench:
         for entry in prompts.entries:
             plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
             for key in ("sample", "prompt_index"):
-                value = entry.get(key)
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    raise UserError(f"run_dir={run_dir}: {FILE}: {key}={value!a:.200}: a number")
+                check_whole(entry.get(key), f"run_dir={run_dir}: {FILE}: {key}", least=0)
 
         samples = 1 + max(entry["sample"] for entry in prompts.entries)
         targets, changed = {}, set()
@@ -198,8 +196,7 @@ class CocoReference:
 
     def export(self, prompts: PromptSet, run_dir: Path | None, out: Path) -> str:
         """Write the images that are missing."""
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise UserError(f"layout.size={self.size}: a whole number of at least 1 is asked")
+        check_whole(self.size, "layout.size")
         if "file_name" not in prompts.entries[0]:
             raise UserError(f"prompts={prompts.source}: layout=coco_reference takes coco14_30k")
         names = [

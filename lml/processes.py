@@ -37,6 +37,12 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_first() -> bool:
+    """Whether this is the first process of those that torchrun started, joined or not yet."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return rank == 0
+
+
 def on_first(function: Callable[[], Any]) -> Any:
     """What `function` returns or raises in the first process, in all of them."""
     rank, world = rank_and_world()

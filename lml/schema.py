@@ -684,6 +684,11 @@ def check(config: Any, schema: Any, key: str = "") -> None:
         raise UserError(str(problem))
 
 
+def check_whole(value: Any, key: str, least: int = 1) -> None:
+    """UserError, naming the key, unless `value` is a whole number of at least `least`."""
+    check(value, Annotated[int, Range(least)], key)
+
+
 def check_call(
     function: Callable, arguments: Mapping[str, Any], key: str, lenient: bool = False
 ) -> None:

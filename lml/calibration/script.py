@@ -32,7 +32,7 @@ from lml.errors import UserError, first_line, say
 from lml.files import disk_error, read_object, write_json
 from lml.instances import make
 from lml.pipelines import Model, find_model, pixel
-from lml.processes import joined, on_first, rank_and_world
+from lml.processes import is_first, joined, on_first
 from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
@@ -213,22 +213,22 @@ def _calibrate(
 ) -> dict[str, Any]:
     problem = make_problem(cfg, model, scheduler, device)
     protocol = {key: cfg[key] for key in PROTOCOL}
-    first, _ = rank_and_world()
     whole = {"settings": settings, "protocol": protocol}
     states = on_first(lambda: _read_state(folder / STATE, whole))
 
     def save(progress: Progress) -> None:
         states[progress.key] = progress
-        if first == 0:
+        if is_first():
             searches = [asdict(progress) for progress in states.values()]
             write_json(folder / STATE, sealed({"of": whole, "searches": searches}, STATE))
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
     total = most_evaluations(problem, len(searched), len(unseen), cfg["ranks"], cfg["rounds"])
-    if first == 0:
+    if is_first():
         print(f"at most {total:,} network evaluations", flush=True)
-    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=first > 0 or not cfg["progress"])
+    shows = is_first() and cfg["progress"]
+    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=not shows)
     try:
         with bar:
             found = calibrate(
@@ -273,7 +273,7 @@ _told: list[tuple[str, int, float, str]] = []  # of the cells of this sweep in t
 
 def tell(cfg: DictConfig, values: Mapping[str, Any]) -> None:
     """Print what was found, and which of a sweep's cells is the best so far."""
-    if rank_and_world()[0]:
+    if not is_first():
         return
     if HydraConfig.get().mode == RunMode.RUN or not HydraConfig.get().job.num:
         _told.clear()

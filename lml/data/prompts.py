@@ -15,6 +15,7 @@ from lml.data.assets import locate
 from lml.errors import UserError, nearest
 from lml.files import load_json, read_bytes
 from lml.instances import make
+from lml.schema import check_whole
 
 FILE = "prompts.jsonl"  # in a run's folder
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -143,11 +144,7 @@ def t2i_compbench(
     `path` is the benchmark's repository, or a folder of CATEGORY_val.txt. The order is category,
     prompt, sample, as the benchmark's own evaluators need it (lml/export.py).
     """
-    if not isinstance(samples_per_prompt, int) or samples_per_prompt < 1:
-        raise UserError(
-            f"prompts.samples_per_prompt={samples_per_prompt}: a whole number of at least 1 is "
-            "asked"
-        )
+    check_whole(samples_per_prompt, "prompts.samples_per_prompt")
     folder = locate(path)
     if (folder / "examples/dataset").is_dir():
         folder = folder / "examples/dataset"

@@ -18,7 +18,7 @@ from lml.data.images import read
 from lml.errors import UserError
 from lml.files import write_atomic, write_json
 from lml.pipelines import find_model
-from lml.processes import on_first, rank_and_world
+from lml.processes import is_first, on_first
 from lml.runs.observer import Observer
 from lml.runs.plan import choose_prompts, plan
 from lml.runs.provenance import provenance
@@ -42,7 +42,6 @@ def generate(
     With `wait`, a process that makes the same run is let finish, and not an error. With `latents`,
     those that images were decoded from are kept beside them, if the model has any.
     """
-    rank, _ = rank_and_world()
     model = find_model(cfg["model"])
     planned = plan(cfg, model, choose_prompts(cfg, model))
     folder, count = planned.folder, cfg["num_images"]
@@ -52,11 +51,11 @@ def generate(
         timing = {}
         if len(stored) < count:
             timing = Worker(planned, device, stored, latents).make(observer)
-        if rank == 0:
+        if is_first():
             _finish(folder, count, planned.prompts, timing)
         return folder, timing
     except BaseException as error:
-        if rank == 0 and not folder.is_replacing:
+        if is_first() and not folder.is_replacing:
             with contextlib.suppress(UserError, OSError):
                 done = folder.write_manifest(count, finished=False)
                 if isinstance(error, KeyboardInterrupt):
@@ -66,7 +65,7 @@ def generate(
                     )
         raise
     finally:
-        if rank == 0:
+        if is_first():
             folder.close()
 
 

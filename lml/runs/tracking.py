@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from lml.processes import is_first
 from lml.runs.loggers import Logger, WandbLogger
 from lml.runs.observer import Observer
 from lml.runs.progress import Progress
@@ -21,7 +21,7 @@ class Tracker(Observer):
 
     def __init__(self, cfg: DictConfig):
         config = OmegaConf.to_container(cfg, resolve=True)
-        self.first = int(os.environ.get("RANK", 0)) == 0
+        self.first = is_first()
         self.show = bool(config.get("progress", True)) and self.first
         self.logger = Logger()
         if self.first and config.get("logger", {}).get("name") == "wandb":

@@ -13,17 +13,16 @@ refused and how long the others take. outputs/<name>/sweep.yaml keeps what becam
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lml import processes
 from lml.device import find_device
 from lml.errors import UserError, say
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import find_model
+from lml.processes import is_first, joined
 from lml.runs.plan import choose_prompts, plan
 from lml.runs.progress import Progress
 from lml.runs.score import is_finished
@@ -63,7 +62,7 @@ class Sweep:
         self.objective = find_objective(config) if self.search else None
         self.higher_is_better = bool(self.search) and higher_is_better(self.objective)
         self.cells: dict[tuple, Cell] = {}
-        self.first = int(os.environ.get("RANK", 0)) == 0
+        self.first = is_first()
         self.show = self.first and bool(config.get("progress", True))
         self._ledgers: dict[str, Ledger] = {}
         self._final_images = 0  # of each run at the end of a search
@@ -71,7 +70,7 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         # For all cells at once: processes that part cannot meet again at the same address.
-        self._joined = processes.joined()
+        self._joined = joined()
         self._joined.__enter__()
         return self
 
