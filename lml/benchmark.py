@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,6 @@ from lml import schema
 from lml.configs import compose
 from lml.correction import LMLCorrection
 from lml.damping import default_damping
-from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device
 from lml.errors import UserError
@@ -256,20 +254,19 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
 
 
 def pipeline_overhead(batches: int) -> list[Row]:
-    """Our sampling of each tiny random pipeline of the tests over diffusers' own loop.
+    """Our sampling of each tiny random pipeline over diffusers' own loop.
 
     Same networks, LML scheduler, prompts, noise and steps; both hand over tensors.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
-    import tiny_pipelines
+    from lml.pipelines import tiny  # needs transformers, which no other part does
 
     rows, prompts, seeds = [], ["a cat", "a dog"], [0, 1]
     with tempfile.TemporaryDirectory() as folder:
-        for name, build in tiny_pipelines.PIPELINES.items():
+        for name, build in tiny.PIPELINES.items():
             torch.manual_seed(0)
             path = Path(folder, name)
             build(Path(folder, "tokenizers", name)).save_pretrained(path)
-            solver = "flow_euler" if name in tiny_pipelines.FLOW else "dpmsolverpp"
+            solver = "flow_euler" if name in tiny.FLOW else "dpmsolverpp"
             overrides = [f"model={name}", f"model.path={path}", f"solver={solver}"]
             with run_config(None, [*overrides, "model.height=16", "model.width=16"]) as config:
                 cfg = OmegaConf.to_container(config, resolve=True)

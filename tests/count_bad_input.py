@@ -491,10 +491,11 @@ def check(case: Case, workshop: Path) -> str | None:
 def furnish(workshop: Path) -> None:
     """What the cases work on: tiny models, a run, images with captions, CIFAR-10's form."""
     import numpy as np
-    import tiny_pipelines
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from PIL import Image
+
+    from lml.pipelines import tiny as tiny_pipelines
 
     torch.manual_seed(0)
     unet = UNet2DModel(

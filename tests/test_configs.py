@@ -12,7 +12,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method, get_object
 from omegaconf import OmegaConf
 from PIL import Image
-from tiny_pipelines import FLOW
 from torchmetrics import Metric
 
 from lml import configs
@@ -21,6 +20,7 @@ from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.metrics.direction import higher_is_better
 from lml.pipelines import pixel
+from lml.pipelines.tiny import FLOW
 from lml.runs.solver import find_steps, make_scheduler
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_pipelines
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from omegaconf import OmegaConf
@@ -20,6 +19,7 @@ from lml.errors import UserError
 from lml.files import file_hash
 from lml.metrics import frechet, networks
 from lml.pipelines import find_model, loading, text
+from lml.pipelines import tiny as tiny_pipelines
 from lml.report import labels
 from lml.runs import sample
 from lml.runs.records import read_config

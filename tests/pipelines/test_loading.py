@@ -9,7 +9,6 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from PIL import Image
 from test_configs import composed
@@ -17,6 +16,7 @@ from torch import nn
 
 from lml.errors import UserError
 from lml.pipelines import find_model, loading
+from lml.pipelines import tiny as tiny_pipelines
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 HALF = [torch.float16, torch.bfloat16]

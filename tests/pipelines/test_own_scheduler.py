@@ -12,17 +12,18 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
+from hub_schedulers import HUB_SCHEDULERS
 from hydra.utils import get_class
 from PIL import Image
 from test_configs import composed as compose
 from test_configs import names
-from tiny_pipelines import FLOW, HUB_SCHEDULERS
 
 from lml.errors import UserError
 from lml.pipelines import loading
+from lml.pipelines import tiny as tiny_pipelines
+from lml.pipelines.tiny import FLOW
 from lml.runs.solver import NOISE_SCHEDULE, make_scheduler
 
 composed = functools.cache(compose)  # the same few configs, hundreds of times

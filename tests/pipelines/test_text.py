@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import (
     ControlNetModel,
@@ -21,6 +20,7 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from lml import schedulers
+from lml.pipelines import tiny as tiny_pipelines
 
 CONFIGS = Path(__file__).parents[2] / "configs/model"
 TOY = ["num_images=3", "batch_size=2", "nfe=4", "metrics=none", "threads=1", "run_dir=run"]
