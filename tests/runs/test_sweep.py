@@ -29,7 +29,8 @@ from lml.pipelines import find_model
 from lml.runs import plan as planning
 from lml.runs import sample
 from lml.runs.progress import Progress
-from lml.runs.sweep import Sweep, objective
+from lml.runs.sweep import Sweep
+from lml.runs.sweep.objective import PARTS, find_objective, read_objective
 from lml.runs.worker import Worker
 
 TOY = [
@@ -203,10 +204,10 @@ def test_nothing_is_chosen_by_a_score_without_its_seal(script, tmp_path, harm):
     assert script("sample", *TOY, *SCORED, "nfe=3").code == 0
     (run,) = (path.parent for path in tmp_path.glob("outputs/study/*/metrics.json"))
     cfg = {"sweep": {"objective": "convergence/rmse"}, "metrics": {"convergence": {}}}
-    assert objective.read_objective(cfg, run) > 0.001
+    assert read_objective(cfg, run) > 0.001
     harm(run)
     with pytest.raises(UserError, match=r"metrics\.json: convergence (has no|was edited)"):
-        objective.read_objective(cfg, run)
+        read_objective(cfg, run)
 
 
 def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, monkeypatch):
@@ -520,8 +521,7 @@ def test_the_best_is_that_of_the_mean_over_the_seeds(script, monkeypatch):
     """Not that of the luckiest seed, which is damping 1's first."""
     values = {(1, 0): 0.0, (1, 100): 10.0, (16, 0): 3.0, (16, 100): 3.0}
     monkeypatch.setattr(
-        objective,
-        "read_objective",
+        "lml.runs.sweep.objective.read_objective",
         lambda cfg, folder: values.get((cfg["lml"]["damping"], cfg["seed"]), 7.0),
     )
     arguments = ["sweep=damping_rank", "sweep.objective=convergence/rmse", "sweep.num_images=2"]
@@ -596,14 +596,14 @@ def test_a_search_that_is_not_clear(script, tmp_path, arguments, line):
 
 def test_objectives_of_metrics():
     def objective(metrics, asked=None):
-        return objective.find_objective({"sweep": {"objective": asked}, "metrics": metrics})
+        return find_objective({"sweep": {"objective": asked}, "metrics": metrics})
 
     assert objective({"fd_cifar": {}}) == "fd_cifar"
     assert objective({"kid": {}, "fid": {}}, "kid") == "kid/mean"
     assert objective({"precision_recall": {}}, "precision_recall/recall").endswith("/recall")
     with pytest.raises(UserError, match=r"sweep.objective=null: one of a, b is asked"):
         objective({"a": {}, "b": {}})
-    assert set(objective.PARTS) <= {file.stem for file in (ROOT / "configs/metrics").glob("*.yaml")}
+    assert set(PARTS) <= {file.stem for file in (ROOT / "configs/metrics").glob("*.yaml")}
     directions = {"fd_cifar": False, "convergence/rmse": False, "convergence/cosine": True}
     directions |= {"precision_recall/recall": True, "image_reward/mean": True, "kid/mean": False}
     assert {name: higher_is_better(name) for name in directions} == directions
@@ -615,4 +615,4 @@ def test_the_parts_that_a_metric_has_are_those_it_is_known_for():
     metric = Convergence()
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     metric.update(images, images + 1)
-    assert tuple(metric.compute()) == objective.PARTS["convergence"]
+    assert tuple(metric.compute()) == PARTS["convergence"]
