@@ -39,11 +39,11 @@ from lml.errors import UserError
 from lml.files import read_json, read_object, write_json
 from lml.metrics.evaluate import evaluate
 from lml.pipelines import find_model, pixel
+from lml.runs.names import image_name
 from lml.runs.observer import Observer
 from lml.runs.records import check_output
 from lml.runs.sample import run
 from lml.runs.solver import make_scheduler
-from lml.runs.store import image_name
 from lml.schedulers import OPTIONS
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it

@@ -507,7 +507,7 @@ class Timing:
     processes: Count
     threads: Count
     device: str
-    seal: Any = None  # lml.store.why_not_sealed says what it thinks of it
+    seal: Any = None  # lml.seals.why_not_sealed says what it thinks of it
 
 
 @dataclass
@@ -520,7 +520,7 @@ class Score:
     seconds: float = 0.0
     steps: dict[str, list[float | None]] | None = None
     config_sha256: Sha256 | None = None
-    seal: Any = None  # lml.store.why_not_sealed says what it thinks of it
+    seal: Any = None  # lml.seals.why_not_sealed says what it thinks of it
 
 
 @dataclass(frozen=True)

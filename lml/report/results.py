@@ -14,8 +14,8 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, first_line, nearest
 from lml.files import file_hash, open_regular, read_object
+from lml.runs.names import image_name
 from lml.runs.records import read_config
-from lml.runs.store import image_name
 from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find_problem
 from lml.seals import canonical, sealed, why_not_sealed
 

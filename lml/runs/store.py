@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,29 +36,14 @@ from lml.files import (
     write_atomic,
     write_json,
 )
+from lml.runs.names import image_index, image_name
 from lml.runs.records import WRITTEN, check_output, hold, merge_metrics, read_config
 from lml.schema import Manifest
 from lml.seals import differences, settings_hash
 
-DIGITS = 6  # of an image's name, at least
 SEAL = "lml-seal"
 # What scripts/evaluate.py says of the images as a plain folder.
 APART = "images.metrics.json"
-
-
-def image_name(index: int, num_images: int | None) -> str:
-    """The name of an image of a run of so many: all as long, so that they sort by number."""
-    width = DIGITS if num_images is None else max(DIGITS, len(str(num_images - 1)))
-    return f"{index:0{width}d}.png"
-
-
-def image_index(name: str, num_images: int | None) -> int | None:
-    """The index of the image of that name; None where a run of so many has no such image."""
-    if not re.fullmatch(rf"[0-9]{{{DIGITS},18}}\.png", name):
-        return None
-    index = int(name.removesuffix(".png"))
-    is_there = num_images is None or index < num_images
-    return index if is_there and image_name(index, num_images) == name else None
 
 
 def _names(folder: Path) -> list[str]:

@@ -19,8 +19,9 @@ from lml import files
 from lml.errors import RunError, UserError
 from lml.files import file_hash, read_json, write_json
 from lml.runs import records, store
+from lml.runs.names import image_index, image_name
 from lml.runs.records import WRITTEN, check_output, merge_metrics, read_config
-from lml.runs.store import APART, RunFolder, image_index, image_name
+from lml.runs.store import APART, RunFolder
 from lml.runs.writer import Writer
 from lml.seals import settings_hash
 
