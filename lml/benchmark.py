@@ -387,6 +387,17 @@ def fidelity(names: Sequence[str], weights: Path, **options: Any) -> dict[str, A
     return found
 
 
+def _draw_images(folder: Path, sets: Mapping[str, int]) -> None:
+    """Smooth random 32x32 images: so many in each of the folders of these names."""
+    generator = torch.Generator().manual_seed(0)
+    for seed, (name, count) in enumerate(sets.items()):
+        coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)
+        images = 255 * nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+        (folder / name).mkdir()
+        for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(folder / name / f"{i:06d}.png")
+
+
 def evaluator_speed(num_images: int, turns: int) -> list[Row]:
     """Images/s of FID, and of the four in one run, over torch-fidelity's, a run each.
 
@@ -396,13 +407,7 @@ def evaluator_speed(num_images: int, turns: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         folder, hub = Path(folder), torch.hub.get_dir()
         sets = {"images": num_images, "reference": max(num_images // 2, 10), "few": 10}
-        generator = torch.Generator().manual_seed(0)
-        for seed, (name, count) in enumerate(sets.items()):
-            coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)
-            images = 255 * nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
-            (folder / name).mkdir()
-            for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
-                Image.fromarray(image).save(folder / name / f"{i:06d}.png")
+        _draw_images(folder, sets)
         weights, reference = folder / "weights.pth", folder / "reference"
         random_inception(weights, ImageFolder(reference).load(ImageFolder(reference).names[:64]))
 

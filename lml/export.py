@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -89,17 +91,7 @@ class T2ICompBench:
         sampler = self.sampler or _name_sampler(config)
         for key, name in (("model", model), ("sampler", sampler)):
             plain_name(name, f"layout.{key}")
-        hashes = manifest.get("images")
-        if not isinstance(hashes, dict) or len(hashes) != len(prompts):
-            count = len(hashes) if isinstance(hashes, dict) else "no"
-            raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
-        for name in hashes:
-            plain_name(name, f"run_dir={run_dir}: manifest.json: image")
-        for entry in prompts.entries:
-            plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
-            for key in ("sample", "prompt_index"):
-                check_whole(entry.get(key), f"run_dir={run_dir}: {FILE}: {key}", least=0)
-
+        hashes = _check_names(run_dir, manifest.get("images"), prompts)
         samples = 1 + max(entry["sample"] for entry in prompts.entries)
         targets, changed = {}, set()
         for entry, image in zip(prompts.entries, sorted(hashes), strict=True):
@@ -137,6 +129,20 @@ def name_of(prompt: str, index: int) -> tuple[str, bool]:
         whole = cut.rpartition(" ")[0].strip()
         text = whole or cut.encode()[:room].decode(errors="ignore")
     return text + end, text == prompt
+
+
+def _check_names(run_dir: Path, hashes: Any, prompts: PromptSet) -> Mapping[str, Any]:
+    """`hashes` of a manifest, by image. UserError for a name or number that leads elsewhere."""
+    if not isinstance(hashes, dict) or len(hashes) != len(prompts):
+        count = len(hashes) if isinstance(hashes, dict) else "no"
+        raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
+    for name in hashes:
+        plain_name(name, f"run_dir={run_dir}: manifest.json: image")
+    for entry in prompts.entries:
+        plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
+        for key in ("sample", "prompt_index"):
+            check_whole(entry.get(key), f"run_dir={run_dir}: {FILE}: {key}", least=0)
+    return hashes
 
 
 def _name_sampler(config: dict) -> str:
