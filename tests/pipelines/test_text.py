@@ -40,7 +40,7 @@ def images(folder: Path) -> np.ndarray:
 
 
 def test_every_text_model_of_the_configs_is_tried_here():
-    texts = {f.stem for f in CONFIGS.glob("*.yaml") if "base/text@_here_" in f.read_text()}
+    texts = {f.stem for f in CONFIGS.glob("*.yaml") if "/base/text@_here_" in f.read_text()}
     assert texts == set(MODELS)
 
 
