@@ -275,11 +275,11 @@ def forget():
 
 def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
     for module in (labels, configs):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    (tmp_path / "configs/lml").mkdir(parents=True)
+        monkeypatch.setattr(module, "CONFIGS", tmp_path)
+    (tmp_path / "lml").mkdir()
     for name in labels.PRESETS:
         changed = {**DEFAULT, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
-        OmegaConf.save(changed, tmp_path / f"configs/lml/{name}.yaml")
+        OmegaConf.save(changed, tmp_path / f"lml/{name}.yaml")
     forget()
     try:
         options = canonical({**DEFAULT, "damping": 8})
