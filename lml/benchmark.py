@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,19 +29,22 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lml import runner, schema
+from lml import schema
 from lml.configs import compose
 from lml.correction import LMLCorrection
 from lml.damping import default_damping
-from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
 from lml.device import find_device
 from lml.errors import UserError
-from lml.files import read_object
+from lml.files import read_json, read_object, write_json
 from lml.metrics.evaluate import evaluate
-from lml.pipelines import find, pixel
+from lml.pipelines import find_model, pixel
+from lml.runs.names import image_name
+from lml.runs.observer import Observer
+from lml.runs.records import check_output
+from lml.runs.sample import run
+from lml.runs.solver import make_scheduler
 from lml.schedulers import OPTIONS
-from lml.store import check_output, image_name, read_json, write_json
 
 SETTINGS = {  # of a run: how it is named here, and the arguments that make it
     "float32": ["dtype=float32"],
@@ -166,7 +168,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
 # --- the run -------------------------------------------------------------------------------------
 
 
-class TakingTurns(runner.Observer):
+class TakingTurns(Observer):
     """Lets `other(indices)` make the same images after every batch of a run, and times both.
 
     The run's batch ends when its images are on the disk.
@@ -193,7 +195,7 @@ class TakingTurns(runner.Observer):
         self.done += count
 
 
-class Quiet(runner.Observer):
+class Quiet(Observer):
     """Says nothing."""
 
     def say(self, line: str) -> None:
@@ -214,7 +216,7 @@ def run_speed(
         config.num_images = config.batch_size * (batches + 1)
         folder = Path(config.run_dir)
         observer = TakingTurns(folder, ddim_pipeline(config))
-        runner.run(config, observer)
+        run(config, observer)
         ours = torch.cat(list(ImageFolder(folder / "images").batches(config.batch_size)))
     theirs = torch.from_numpy(np.concatenate(observer.images)).permute(0, 3, 1, 2)
     difference = (ours.double() - 255 * theirs.double()).abs()
@@ -232,9 +234,9 @@ def run_speed(
 def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
     """DDIMPipeline on a run's checkpoint; makes the images of `indices`, (B, H, W, C) in [0, 1]."""
     config = OmegaConf.to_container(config, resolve=True)
-    model = pixel.find(config["model"])
+    model = pixel.find_pixel_model(config["model"])
     device = find_device(config["device"])
-    options = runner.make_scheduler(config, model).config
+    options = make_scheduler(config, model).config
     options = {name: value for name, value in options.items() if name not in OPTIONS}
     pipeline = DDIMPipeline(model.load(device, torch.float32), DDIMScheduler.from_config(options))
     pipeline.set_progress_bar_config(disable=True)
@@ -252,25 +254,24 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
 
 
 def pipeline_overhead(batches: int) -> list[Row]:
-    """Our sampling of each tiny random pipeline of the tests over diffusers' own loop.
+    """Our sampling of each tiny random pipeline over diffusers' own loop.
 
     Same networks, LML scheduler, prompts, noise and steps; both hand over tensors.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
-    import tiny_pipelines
+    from lml.pipelines import tiny  # needs transformers, which no other part does
 
     rows, prompts, seeds = [], ["a cat", "a dog"], [0, 1]
     with tempfile.TemporaryDirectory() as folder:
-        for name, build in tiny_pipelines.PIPELINES.items():
+        for name, build in tiny.PIPELINES.items():
             torch.manual_seed(0)
             path = Path(folder, name)
             build(Path(folder, "tokenizers", name)).save_pretrained(path)
-            solver = "flow_euler" if name in tiny_pipelines.FLOW else "dpmsolverpp"
+            solver = "flow_euler" if name in tiny.FLOW else "dpmsolverpp"
             overrides = [f"model={name}", f"model.path={path}", f"solver={solver}"]
             with run_config(None, [*overrides, "model.height=16", "model.width=16"]) as config:
                 cfg = OmegaConf.to_container(config, resolve=True)
-            model = find(cfg["model"])
-            scheduler = runner.make_scheduler(cfg, model)
+            model = find_model(cfg["model"])
+            scheduler = make_scheduler(cfg, model)
             sampler = model.sampler(torch.device("cpu"), torch.float32, False, False)
 
             def theirs(sampler: Any = sampler, scheduler: Any = scheduler) -> None:
@@ -296,7 +297,7 @@ def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -
             continue  # to compile would count as network
         with run_config(model, [*arguments, "metrics=none", *options]) as config:
             config.num_images = config.batch_size * batches
-            timing = read_object(runner.run(config, Quiet()) / "timing.json", schema.Timing)
+            timing = read_object(run(config, Quiet()) / "timing.json", schema.Timing)
         parts = {k: v for k, v in timing["seconds"].items() if k not in ("network", "total")}
         total = timing["seconds"]["total"]
         remark = ", ".join(f"{name} {100 * value / total:.1f}" for name, value in parts.items())
@@ -314,7 +315,7 @@ def fd_change(
     for name in ("float32", settings):
         options = [*arguments, "solver=ddim", "lml=off", "metrics=[fd_cifar]", *SETTINGS[name]]
         with run_config(model, [*options, f"num_images={num_images}"]) as config:
-            folder = runner.run(config, Quiet())
+            folder = run(config, Quiet())
             metrics = read_object(folder / "metrics.json", dict[str, schema.Score])
         values[name] = metrics["fd_cifar"]["value"]
     change = 100 * abs(values[settings] / values["float32"] - 1)
@@ -386,6 +387,17 @@ def fidelity(names: Sequence[str], weights: Path, **options: Any) -> dict[str, A
     return found
 
 
+def _draw_images(folder: Path, sets: Mapping[str, int]) -> None:
+    """Smooth random 32x32 images: so many in each of the folders of these names."""
+    generator = torch.Generator().manual_seed(0)
+    for seed, (name, count) in enumerate(sets.items()):
+        coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)
+        images = 255 * nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+        (folder / name).mkdir()
+        for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(folder / name / f"{i:06d}.png")
+
+
 def evaluator_speed(num_images: int, turns: int) -> list[Row]:
     """Images/s of FID, and of the four in one run, over torch-fidelity's, a run each.
 
@@ -395,13 +407,7 @@ def evaluator_speed(num_images: int, turns: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         folder, hub = Path(folder), torch.hub.get_dir()
         sets = {"images": num_images, "reference": max(num_images // 2, 10), "few": 10}
-        generator = torch.Generator().manual_seed(0)
-        for seed, (name, count) in enumerate(sets.items()):
-            coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)
-            images = 255 * nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
-            (folder / name).mkdir()
-            for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
-                Image.fromarray(image).save(folder / name / f"{i:06d}.png")
+        _draw_images(folder, sets)
         weights, reference = folder / "weights.pth", folder / "reference"
         random_inception(weights, ImageFolder(reference).load(ImageFolder(reference).names[:64]))
 

@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lml.data.assets import ROOT
 
+CONFIGS = ROOT / "configs"
+
 
 def compose(*overrides: str, config: str | None = None) -> DictConfig:
     """What the command line `overrides` makes of configs/`config`.yaml, or, without it, of nothing.
@@ -17,6 +19,6 @@ def compose(*overrides: str, config: str | None = None) -> DictConfig:
     that is read by itself lacks them. Raises what Hydra raises for what it cannot compose.
     """
     # hydra.compose is for a process in which no Hydra script runs.
-    loader = ConfigLoaderImpl(create_config_search_path(str(ROOT / "configs")))
+    loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))
     cfg = loader.load_configuration(config, list(overrides), RunMode.RUN)
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Bad input. The message is one line: the key, the value, and what is allowed."""
 
 
+class RunError(UserError):
+    """A run that cannot go on, for a reason outside the program. The message is one line."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The names in `choices` closest to `name`, comma separated; all of them when none is close."""
     choices = sorted(choices)

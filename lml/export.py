@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -20,17 +22,12 @@ from lml.data.images import read
 from lml.data.prompts import FILE, PromptSet, load
 from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
-from lml.files import NAME_MAX, file_hash, open_regular, plain_name, replacing
+from lml.files import NAME_MAX, file_hash, open_regular, plain_name, read_json, replacing
 from lml.instances import make
 from lml.report.labels import OFF, lml_label
-from lml.schema import RunConfig, check
-from lml.store import (
-    canonical,
-    check_output,
-    read_config,
-    read_json,
-    settings_hash,
-)
+from lml.runs.records import check_output, read_config
+from lml.schema import RunConfig, check, check_whole
+from lml.seals import canonical, settings_hash
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
@@ -94,19 +91,7 @@ class T2ICompBench:
         sampler = self.sampler or _name_sampler(config)
         for key, name in (("model", model), ("sampler", sampler)):
             plain_name(name, f"layout.{key}")
-        hashes = manifest.get("images")
-        if not isinstance(hashes, dict) or len(hashes) != len(prompts):
-            count = len(hashes) if isinstance(hashes, dict) else "no"
-            raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
-        for name in hashes:
-            plain_name(name, f"run_dir={run_dir}: manifest.json: image")
-        for entry in prompts.entries:
-            plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
-            for key in ("sample", "prompt_index"):
-                value = entry.get(key)
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    raise UserError(f"run_dir={run_dir}: {FILE}: {key}={value!a:.200}: a number")
-
+        hashes = _check_names(run_dir, manifest.get("images"), prompts)
         samples = 1 + max(entry["sample"] for entry in prompts.entries)
         targets, changed = {}, set()
         for entry, image in zip(prompts.entries, sorted(hashes), strict=True):
@@ -144,6 +129,20 @@ def name_of(prompt: str, index: int) -> tuple[str, bool]:
         whole = cut.rpartition(" ")[0].strip()
         text = whole or cut.encode()[:room].decode(errors="ignore")
     return text + end, text == prompt
+
+
+def _check_names(run_dir: Path, hashes: Any, prompts: PromptSet) -> Mapping[str, Any]:
+    """`hashes` of a manifest, by image. UserError for a name or number that leads elsewhere."""
+    if not isinstance(hashes, dict) or len(hashes) != len(prompts):
+        count = len(hashes) if isinstance(hashes, dict) else "no"
+        raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
+    for name in hashes:
+        plain_name(name, f"run_dir={run_dir}: manifest.json: image")
+    for entry in prompts.entries:
+        plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
+        for key in ("sample", "prompt_index"):
+            check_whole(entry.get(key), f"run_dir={run_dir}: {FILE}: {key}", least=0)
+    return hashes
 
 
 def _name_sampler(config: dict) -> str:
@@ -203,8 +202,7 @@ class CocoReference:
 
     def export(self, prompts: PromptSet, run_dir: Path | None, out: Path) -> str:
         """Write the images that are missing."""
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise UserError(f"layout.size={self.size}: a whole number of at least 1 is asked")
+        check_whole(self.size, "layout.size")
         if "file_name" not in prompts.entries[0]:
             raise UserError(f"prompts={prompts.source}: layout=coco_reference takes coco14_30k")
         names = [

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import yaml
 
-from lml.errors import UserError, first_line
-from lml.schema import find, shown
+from lml.errors import RunError, UserError, first_line
+from lml.schema import find_problem, shown
 
 NAME_MAX = 255  # bytes of a file name, on all common file systems
 PATH_MAX = 3800  # bytes of a path: Linux takes 4095, and names are put behind it
@@ -94,6 +94,31 @@ def replacing(path: Path, durable: bool = True, apart: Path | None = None) -> It
         raise
 
 
+def write_atomic(path: Path, data: bytes | str, key: str = "run_dir", durable: bool = True) -> None:
+    """Write the whole file or leave what was there, as `replacing` does.
+
+    RunError when the disk is full or read-only; `key` is what the user gave the folder as.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        with replacing(path, durable) as file:
+            file.write(data)
+    except OSError as error:
+        raise disk_error(path.parent, error, key) from None
+
+
+def write_json(path: Path, value: Any, key: str = "run_dir") -> None:
+    """`value` as indented JSON, written like `write_atomic`."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n", key)
+
+
+def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
+    """What to say of a folder that could not be written to."""
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    remedy = f"free some space, or choose another {key}" if full else "a writable folder is asked"
+    return RunError(f"{key}={folder}: {error.strerror or error}; {remedy}")
+
+
 def load_json(source: str | Path) -> Any:
     """What a JSON file, or text of JSON, says. OSError or ValueError when it can't be read."""
     text = read_text(source) if isinstance(source, Path) else source
@@ -129,9 +154,17 @@ def read_object(path: Path, schema: Any = None) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({first_line(reason)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not an object of keys and values")
-    if schema is not None and (problem := find(schema, value, "")):
+    if schema is not None and (problem := find_problem(schema, value, "")):
         raise UserError(f"{path}: {problem}")
     return value
+
+
+def read_json(path: Path, schema: Any = None) -> dict[str, Any]:
+    """The JSON object in `path`; {} when the file is missing, broken, or not as `schema` says."""
+    try:
+        return read_object(path, schema)
+    except (FileNotFoundError, UserError):
+        return {}
 
 
 class _NoAliases:

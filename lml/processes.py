@@ -10,8 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lml.errors import UserError, first_line
-from lml.store import RunError
+from lml.errors import RunError, UserError, first_line
 
 
 @contextlib.contextmanager
@@ -36,6 +35,12 @@ def joined() -> Iterator[None]:
 def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this is the first process of those that torchrun started, joined or not yet."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return rank == 0
 
 
 def on_first(function: Callable[[], Any]) -> Any:

@@ -507,7 +507,7 @@ class Timing:
     processes: Count
     threads: Count
     device: str
-    seal: Any = None  # lml.store.why_not_sealed says what it thinks of it
+    seal: Any = None  # lml.seals.why_not_sealed says what it thinks of it
 
 
 @dataclass
@@ -520,7 +520,7 @@ class Score:
     seconds: float = 0.0
     steps: dict[str, list[float | None]] | None = None
     config_sha256: Sha256 | None = None
-    seal: Any = None  # lml.store.why_not_sealed says what it thinks of it
+    seal: Any = None  # lml.seals.why_not_sealed says what it thinks of it
 
 
 @dataclass(frozen=True)
@@ -680,8 +680,13 @@ def shown(value: Any) -> str:
 
 def check(config: Any, schema: Any, key: str = "") -> None:
     """UserError, naming the key below `key`, unless `config` is what `schema` (a hint) says."""
-    if problem := find(schema, config, key):
+    if problem := find_problem(schema, config, key):
         raise UserError(str(problem))
+
+
+def check_whole(value: Any, key: str, least: int = 1) -> None:
+    """UserError, naming the key, unless `value` is a whole number of at least `least`."""
+    check(value, Annotated[int, Range(least)], key)
 
 
 def check_call(
@@ -701,7 +706,7 @@ def check_call(
             raise UserError(f"{key}.{name}=nan: a number is asked")
         if name.startswith("_") or (isinstance(value, Mapping) and "_target_" in value):
             continue
-        if problem := find(hint, value, f"{key}.{name}"):
+        if problem := find_problem(hint, value, f"{key}.{name}"):
             raise UserError(str(problem))
 
 
@@ -747,20 +752,20 @@ def _fields(schema: type) -> dict[str, tuple[Any, bool]]:
     }
 
 
-def find(hint: Any, value: Any, key: str) -> Problem | None:
+def find_problem(hint: Any, value: Any, key: str) -> Problem | None:
     """What is wrong with `value`, called `key`, as a `hint`; None when nothing is."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return None
     if origin in (Union, types.UnionType):
-        problems = [find(each, value, key) for each in arguments]
+        problems = [find_problem(each, value, key) for each in arguments]
         if None in problems:
             return None
         # of what looks like it was meant
         inside = [problem for problem in problems if problem.key != key]
         return inside[0] if len(inside) == 1 else Problem(key, value, ask(hint, value))
     if origin is Annotated:
-        problem = find(arguments[0], value, key)
+        problem = find_problem(arguments[0], value, key)
         if problem is None and all(_obeys(value, rule) for rule in arguments[1:]):
             return None
         return Problem(key, value, ask(hint, value))
@@ -798,7 +803,7 @@ def _is_foreign(kind: type) -> bool:
 
 def _first(hint: Any, items: list[tuple[str, Any]]) -> Problem | None:
     for key, item in items:
-        if problem := find(hint, item, key):
+        if problem := find_problem(hint, item, key):
             return problem
     return None
 
@@ -809,7 +814,7 @@ def _find_in_schema(schema: type, value: Any, key: str) -> Problem | None:
     for name, (hint, optional) in _fields(schema).items():
         inner = f"{key}.{name}" if key else name
         if name in value:
-            if problem := find(hint, value[name], inner):
+            if problem := find_problem(hint, value[name], inner):
                 return problem
         elif not optional:
             return Problem(inner, dataclasses.MISSING, ask(hint, None))

@@ -36,14 +36,16 @@ from lml import schema
 from lml.data import cifar10
 from lml.data.statistics import make_reference
 from lml.device import use_device
-from lml.errors import UserError, first_line, nearest
-from lml.files import load_json, read_text, replacing
+from lml.errors import RunError, UserError, first_line, nearest
+from lml.files import disk_error, load_json, read_text, replacing
 from lml.instances import make
 from lml.metrics.features import FeatureNetwork
 from lml.metrics.frechet import load_features
 from lml.pipelines import pixel
-from lml.schema import find
-from lml.store import RunError, disk_error
+from lml.schema import find_problem
+
+Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+Report = Callable[[nn.Module], Any]  # is given the model with its averaged weights
 
 
 class Budget(schema.Budget):
@@ -80,14 +82,120 @@ def choose_dtype(step: Callable[[torch.dtype], object], asked: str) -> torch.dty
     return min(dtypes.values(), key=seconds)
 
 
+class _Training:
+    """A model with its optimiser and its averaged weights, in the state that a checkpoint keeps."""
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, budget: Budget, out: Path, device: torch.device
+    ):
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.loss, self.budget, self.out, self.device = loss, budget, out, device
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=budget.lr,
+            betas=(0.9, 0.99),
+            weight_decay=budget.weight_decay,
+            fused=True,
+        )
+        self.ema = EMAModel(
+            model.parameters(),
+            use_ema_warmup=True,
+            inv_gamma=budget.ema_inv_gamma,
+            power=1.0,
+            foreach=True,
+        )
+        self.done = {"step": 0, "images": 0, "seconds": 0.0, "saves": 0}
+        self.state, self.log = out / "state.pt", out / "log.jsonl"
+        if self.state.exists():
+            self._go_on()
+        self.forward = torch.compile(model) if budget.compile else model
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the budget is spent."""
+        return self.done["images"] >= self.budget.images
+
+    def _go_on(self) -> None:
+        try:
+            state = torch.load(self.state, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict(state["ema"])
+            self.done = {key: state["done"][key] for key in self.done}
+        except Exception as error:  # pickle, zip, key and shape errors share no base class
+            raise UserError(
+                f"run_dir={self.out}: state.pt is not of this training ({first_line(error)}); "
+                "choose another folder"
+            ) from None
+
+    def backward(self, dtype: torch.dtype, indices: Tensor, step: int) -> float:
+        """The loss of a step's batch; its gradients are set."""
+        seed = self.budget.seed + 1_000_003 * (step + 1)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            value = self.loss(self.forward, indices.to(self.device), generator)
+        self.optimizer.zero_grad()
+        value.backward()
+        return value.item()
+
+    def step(self, dtype: torch.dtype, indices: Tensor) -> float:
+        """Change the weights, and return the loss before. RunError when it is not finite."""
+        rate = self.budget.rate(self.done["step"], self.done["images"] / self.budget.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.backward(dtype, indices, self.done["step"])
+        if not math.isfinite(loss):
+            raise RunError(
+                f"budget.lr={self.budget.lr}: the loss is {loss} at step {self.done['step']}; the "
+                "last checkpoint stays; a lower one may do"
+            )
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.step(self.model.parameters())
+        self.done["step"] += 1
+        self.done["images"] += self.budget.batch_size
+        return loss
+
+    def save(self, record: dict[str, Any], on_save: Report, report: Report) -> None:
+        """Write the checkpoint, then what `fit` says of a save; `record` is the line of the log."""
+        self.done["saves"] += 1
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "ema")}
+        with replacing(self.state) as file:
+            torch.save({**state, "done": self.done}, file)
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+        on_save(self.model)
+        is_reported = self.is_done or self.done["saves"] % self.budget.report_every == 0
+        if is_reported:
+            record |= report(self.model)
+        self.model.train()
+        self.ema.restore(self.model.parameters())
+        with self.log.open("a") as log:
+            log.write(json.dumps(record) + "\n")
+        if is_reported:
+            draw_curve(self.log, self.out / "curve.png")
+
+    def summary(self, dtype: torch.dtype, losses: list[float], speed: float) -> dict[str, Any]:
+        """A line of the log, of the steps since the one before; `speed` in images a second."""
+        return {
+            "images": self.done["images"],
+            "minutes": round(self.done["seconds"] / 60, 2),
+            "loss": round(sum(losses) / len(losses), 5),
+            "lr": round(self.optimizer.param_groups[0]["lr"], 7),
+            "dtype": str(dtype).removeprefix("torch."),
+            "images_per_second": round(speed, 1),
+        }
+
+
 def fit(
     model: nn.Module,
-    loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
+    loss: Loss,
     count: int,
     budget: Budget,
     out: Path,
-    on_save: Callable[[nn.Module], object] = lambda model: None,
-    report: Callable[[nn.Module], dict] = lambda model: {},
+    on_save: Report = lambda model: None,
+    report: Report = lambda model: {},
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Minimise `loss(model, indices, generator)` over `count` images until the budget is spent.
@@ -102,115 +210,27 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(out, error) from None
-    device = torch.device(device)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=budget.lr,
-        betas=(0.9, 0.99),
-        weight_decay=budget.weight_decay,
-        fused=True,
-    )
-    ema = EMAModel(
-        model.parameters(),
-        use_ema_warmup=True,
-        inv_gamma=budget.ema_inv_gamma,
-        power=1.0,
-        foreach=True,
-    )
-    done = {"step": 0, "images": 0, "seconds": 0.0, "saves": 0}
-    state_path, log_path = out / "state.pt", out / "log.jsonl"
-    if state_path.exists():
-        try:
-            state = torch.load(state_path, map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            ema.load_state_dict(state["ema"])
-            done = {key: state["done"][key] for key in done}
-        except Exception as error:  # pickle, zip, key and shape errors share no base class
-            raise UserError(
-                f"run_dir={out}: state.pt is not of this training ({first_line(error)}); choose "
-                "another folder"
-            ) from None
-    forward = torch.compile(model) if budget.compile else model
-
-    def backward(dtype: torch.dtype, indices: Tensor, step: int) -> float:
-        generator = torch.Generator(device).manual_seed(budget.seed + 1_000_003 * (step + 1))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            value = loss(forward, indices.to(device), generator)
-        optimizer.zero_grad()
-        value.backward()
-        return value.item()
-
-    def store() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-            "done": done,
-        }
-        with replacing(state_path) as file:
-            torch.save(state, file)
-
-    def save(record: dict, last: bool) -> None:
-        done["saves"] += 1
-        store()
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-        model.eval()
-        on_save(model)
-        is_reported = last or done["saves"] % budget.report_every == 0
-        if is_reported:
-            record |= report(model)
-        model.train()
-        ema.restore(model.parameters())
-        with log_path.open("a") as log:
-            log.write(json.dumps(record) + "\n")
-        if is_reported:
-            draw_curve(log_path, out / "curve.png")
-
+    training = _Training(model, loss, budget, out, torch.device(device))
+    done = training.done
     model.train()
     order = batches(count, budget.batch_size, budget.seed, done["images"] // budget.batch_size)
-    if done["images"] < budget.images:
+    if not training.is_done:
         trial = torch.arange(budget.batch_size) % count
-        dtype = choose_dtype(lambda dtype: backward(dtype, trial, 0), budget.dtype)
+        dtype = choose_dtype(lambda dtype: training.backward(dtype, trial, 0), budget.dtype)
     bar = tqdm(total=budget.images, initial=done["images"], unit="img", mininterval=5)
     losses, since, saved = [], done["images"], done["seconds"]
     clock = time.perf_counter()
     try:
-        while done["images"] < budget.images:
-            for group in optimizer.param_groups:
-                group["lr"] = budget.rate(done["step"], done["images"] / budget.images)
-            losses.append(backward(dtype, next(order), done["step"]))
-            if not math.isfinite(losses[-1]):
-                raise RunError(
-                    f"budget.lr={budget.lr}: the loss is {losses[-1]} at step {done['step']}; the "
-                    "last checkpoint stays; a lower one may do"
-                )
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            ema.step(model.parameters())
+        while not training.is_done:
+            losses.append(training.step(dtype, next(order)))
             now = time.perf_counter()
-            done |= {
-                "step": done["step"] + 1,
-                "images": done["images"] + budget.batch_size,
-                "seconds": done["seconds"] + now - clock,
-            }
+            done["seconds"] += now - clock
             clock = now
             bar.update(budget.batch_size)
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-            last = done["images"] >= budget.images
-            if last or done["seconds"] - saved >= budget.save_minutes * 60:
-                seconds = max(done["seconds"] - saved, 1e-9)
-                record = {
-                    "images": done["images"],
-                    "minutes": round(done["seconds"] / 60, 2),
-                    "loss": round(sum(losses) / len(losses), 5),
-                    "lr": round(optimizer.param_groups[0]["lr"], 7),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "images_per_second": round((done["images"] - since) / seconds, 1),
-                }
-                save(record, last)
+            if training.is_done or done["seconds"] - saved >= budget.save_minutes * 60:
+                speed = (done["images"] - since) / max(done["seconds"] - saved, 1e-9)
+                training.save(training.summary(dtype, losses, speed), on_save, report)
                 losses, since, saved = [], done["images"], done["seconds"]
                 clock = time.perf_counter()
     except KeyboardInterrupt as interruption:
@@ -221,7 +241,7 @@ def fit(
         raise
     finally:
         bar.close()
-    ema.copy_to(model.parameters())
+    training.ema.copy_to(model.parameters())
     return model.eval()
 
 
@@ -231,7 +251,7 @@ def _record(line: str) -> dict[str, float]:
         record = load_json(line)
     except ValueError:
         return {}
-    return {} if find(dict[str, float | str], record, "") else record
+    return {} if find_problem(dict[str, float | str], record, "") else record
 
 
 def draw_curve(log: Path, out: Path) -> None:
@@ -272,8 +292,8 @@ def train_denoiser(
     images: Tensor,
     budget: Budget,
     out: Path,
-    on_save: Callable[[nn.Module], object] = lambda model: None,
-    report: Callable[[nn.Module], dict] = lambda model: {},
+    on_save: Report = lambda model: None,
+    report: Report = lambda model: {},
     device: str | torch.device = "cpu",
     uniform: float = 0.3,
     log_sigma_mean: float = -0.8,
@@ -351,8 +371,8 @@ def train_classifier(
     labels: Tensor,
     budget: Budget,
     out: Path,
-    on_save: Callable[[nn.Module], object] = lambda model: None,
-    report: Callable[[nn.Module], dict] = lambda model: {},
+    on_save: Report = lambda model: None,
+    report: Report = lambda model: {},
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Train `network` (its `head` on its features) with flips, shifts and smoothed labels.

@@ -14,15 +14,16 @@ if (scripts := str(Path(__file__).parent)) in sys.path:
     sys.path.remove(scripts)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lml.cli import main
+from lml.cli.main import main
 
 
 @main("evaluate")
 def evaluate(cfg: DictConfig) -> None:
-    from lml import runner, tracking
+    from lml.runs.score import evaluate_folder
+    from lml.runs.tracking import Tracker
 
-    with tracking.Tracker(cfg) as tracker:
-        runner.evaluate_folder(cfg, tracker)
+    with Tracker(cfg) as tracker:
+        evaluate_folder(cfg, tracker)
 
 
 if __name__ == "__main__":

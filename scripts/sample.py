@@ -17,18 +17,21 @@ if (scripts := str(Path(__file__).parent)) in sys.path:
     sys.path.remove(scripts)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lml.cli import main
+from lml.cli.main import main
 
 
 @main("sample", makes_runs=True)
 def sample(cfg: DictConfig) -> float | None:
-    from lml import runner, sweep, tracking  # not at the top: a typo needs no torch to be found
+    # not at the top: a typo needs no torch to be found
+    from lml.runs.sample import run
+    from lml.runs.sweep.objective import read_objective
+    from lml.runs.tracking import Tracker
 
-    with tracking.Tracker(cfg) as tracker:
-        folder = runner.run(cfg, tracker)
+    with Tracker(cfg) as tracker:
+        folder = run(cfg, tracker)
     # Of a search's settings alone: nobody asks a single run which was best.
     is_cell = HydraConfig.get().mode == RunMode.MULTIRUN
-    return sweep.read_objective(cfg, folder) if is_cell else None
+    return read_objective(cfg, folder) if is_cell else None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ if (scripts := str(Path(__file__).parent)) in sys.path:
     sys.path.remove(scripts)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lml.cli import main
+from lml.cli.main import main
 
 
 @main("tabulate")

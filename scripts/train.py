@@ -13,13 +13,13 @@ if (scripts := str(Path(__file__).parent)) in sys.path:
     sys.path.remove(scripts)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lml.cli import main
+from lml.cli.main import main
 
 
 @main("train")
 def train(cfg: DictConfig) -> None:
     from lml import training
-    from lml.store import check_output
+    from lml.runs.records import check_output
 
     check_output(cfg.run_dir, "run_dir")
     {"denoiser": training.run_denoiser, "features": training.run_features}[cfg.task](cfg)

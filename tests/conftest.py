@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from lml.pipelines import tiny as tiny_pipelines
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # pytest-xdist runs a process a core

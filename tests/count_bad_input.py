@@ -424,7 +424,7 @@ def calibrations(workshop: Path) -> Iterator[Case]:
 
 def seal(file: Path) -> None:
     """Give a calibration's file the seal of what it holds."""
-    from lml.store import sealed
+    from lml.seals import sealed
 
     owner = "calibration" if file.name == "calibration.json" else file.name
     file.write_text(json.dumps(sealed(json.loads(file.read_text()), owner)))
@@ -491,10 +491,11 @@ def check(case: Case, workshop: Path) -> str | None:
 def furnish(workshop: Path) -> None:
     """What the cases work on: tiny models, a run, images with captions, CIFAR-10's form."""
     import numpy as np
-    import tiny_pipelines
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from PIL import Image
+
+    from lml.pipelines import tiny as tiny_pipelines
 
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -586,8 +587,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     # imported once, here, and not in every fork
-    from lml import benchmark, export, report, runner, sweep, tracking, training  # noqa: F401
+    from lml import benchmark, export, report, training  # noqa: F401
     from lml.calibration import script  # noqa: F401
+    from lml.runs import sample, score, sweep, tracking  # noqa: F401
 
     special = {"models": models, "runs": runs, "calibrations": calibrations}
     groups = options.groups or [*COMMANDS, *special]

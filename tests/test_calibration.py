@@ -333,9 +333,10 @@ def test_an_interrupted_search_goes_on(script, made, tmp_path, monkeypatch):
 def test_two_processes_find_the_same(made, spawn, tmp_path):
     whole = found(made)
     two = spawn("calibrate", *SMALL, *SEARCH, "run_dir=two", processes=2)
-    _, err = two.communicate(timeout=180)
+    out, err = two.communicate(timeout=180)
     assert two.returncode == 0, err
     assert found(tmp_path / "two/calibration.json") == whole
+    assert out.count("solver=") == 1, out
 
 
 def test_a_file_from_before_there_were_lengths_is_read(script, made):

@@ -11,12 +11,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method
 from omegaconf import OmegaConf
 from PIL import Image
-from tiny_pipelines import FLOW
 
-from lml import configs, runner
+from lml import configs
 from lml.data import cifar10
+from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.pipelines import pixel
+from lml.pipelines.tiny import FLOW
+from lml.runs.solver import find_steps, make_scheduler
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOY = ["num_images=2", "batch_size=2", "nfe=5", "threads=1", "metrics=none"]
@@ -35,7 +37,7 @@ def test_no_folder_of_configs_is_forgotten_here():
     groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
     mine = {"model", "solver", "grid", "lml", "metrics", "prompts", "logger", "experiment"}
     mine |= {"protocol", "sweep"}
-    assert mine <= groups and groups - mine <= {"train", "layout"}
+    assert mine <= groups and groups - mine <= {"train", "layout", "base"}
 
 
 def test_groups_that_are_offered_are_those_of_the_defaults():
@@ -62,11 +64,11 @@ def test_an_option_by_itself_is_what_the_command_line_makes_of_it(option):
 def test_configs_are_composed_in_one_way():
     """A file that is read by itself has lost its `defaults:`; a run's is complete."""
     reading = {"OmegaConf.load(": set(), " load_yaml(": set()}
-    for file in Path(runner.__file__).parent.rglob("*.py"):
+    for file in (ROOT / "lml").rglob("*.py"):
         for call, names_of_files in reading.items():
             if call in file.read_text():
                 names_of_files.add(file.name)
-    runs = {"files.py", "store.py"}  # of runs and sweeps alone
+    runs = {"files.py", "records.py"}  # of runs and sweeps alone
     assert reading == {"OmegaConf.load(": set(), " load_yaml(": runs}
 
 
@@ -79,17 +81,17 @@ def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     if solver == "ipndm_diffusers":
         more += ["~model.scheduler", "+" + schedule]
     cfg = composed(f"solver={solver}", f"lml={lml}", f"model={model}", *more)
-    found = pixel.find(cfg["model"])
+    found = pixel.find_pixel_model(cfg["model"])
     if solver.endswith("_released") and lml == "default":
         with pytest.raises(UserError, match=r"^lml\.anchor=history: the released code has ema"):
-            runner.make_scheduler(cfg, found)
+            make_scheduler(cfg, found)
         return
-    made = runner.make_scheduler(cfg, found)
+    made = make_scheduler(cfg, found)
     assert isinstance(made, get_class(cfg["solver"]["scheduler"]["_target_"]))
     for key, value in {**cfg["lml"], **cfg["grid"], **cfg["solver"]["scheduler"]}.items():
         if key not in ("name", "_target_"):
             assert made.config[key] == value
-    assert runner.find_steps(made, 5, solver) >= 1
+    assert find_steps(made, 5, solver) >= 1
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,8 @@ def test_every_grid_runs_and_differs(script, toy, tmp_path, grid):
     assert (outcome.code, outcome.err) == (0, "")
     cfg = composed(f"grid={grid}", "model=gaussian")
     plain = composed("model=gaussian")
-    model = pixel.find(cfg["model"])
-    ours, default = (runner.make_scheduler(c, model) for c in (cfg, plain))
+    model = pixel.find_pixel_model(cfg["model"])
+    ours, default = (make_scheduler(c, model) for c in (cfg, plain))
     ours.set_timesteps(6)
     default.set_timesteps(6)
     same = ours.sigmas.tolist() == default.sigmas.tolist()
@@ -180,7 +182,7 @@ def tiny(tiny_model, pipelines, prompts, tmp_path) -> Callable[[dict], list[str]
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_is_found_and_runs(script, tiny, model):
     cfg = composed(f"model={model}")["model"]
-    if model == "ideal_cifar10" and cifar10.find(None) is None:
+    if model == "ideal_cifar10" and cifar10.find_folder(None) is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     flow = model.endswith("flow") or model in FLOW
     solver = "flow_euler" if flow else "dpmsolverpp"
@@ -222,7 +224,7 @@ def test_an_experiment_begins_with_its_command_and_says_only_what_differs(file):
 @pytest.mark.parametrize("file", experiment_files(), ids=lambda file: file.stem)
 def test_every_experiment_runs_at_toy_size(script, tiny, tmp_path, file):
     """With its own model's class, solver and correction; metrics need networks of their own."""
-    if "ideal_cifar10" in file.read_text() and cifar10.find(None) is None:
+    if "ideal_cifar10" in file.read_text() and cifar10.find_folder(None) is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     experiment = f"experiment={file.stem}"
     cfg = composed(experiment, "prompts=none")  # a text model's are a file of the user's

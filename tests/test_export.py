@@ -18,6 +18,7 @@ from lml import export
 from lml.data import prompts
 from lml.data.assets import ROOT
 from lml.data.images import ImageFolder
+from lml.schema import shown
 
 LONG = "a very " * 60 + "long dog"
 TEXTS = ["a red bench and a blue cake", "The clock reads 11:44.", "either/or a snake_case.", LONG]
@@ -321,7 +322,7 @@ def test_a_runs_names_lead_nowhere_else(script, run, tmp_path, place, name):
 @pytest.mark.parametrize("value", ["../x", -1, 1.5, None, [1]])
 def test_a_runs_numbers_are_numbers(script, run, tmp_path, key, value):
     edit_prompts(run, **{key: value})
-    refused(script, *ARGUMENTS, pattern=f"{key}={value!r}: a number")
+    refused(script, *ARGUMENTS, pattern=f"{key}={shown(value)}: a whole number of at least 0")
     assert not (tmp_path / "out").exists()
 
 

@@ -22,14 +22,20 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from lml import export, files, report, runner, store
+from lml import export, files, report
 from lml.configs import compose
 from lml.data import prompts as prompt_sets
 from lml.errors import UserError
 from lml.pipelines import pixel
 from lml.report import figures
+from lml.runs import generate
+from lml.runs.observer import Observer
+from lml.runs.records import read_config
+from lml.runs.sample import run
+from lml.runs.score import evaluate_folder, is_finished
+from lml.runs.store import RunFolder
+from lml.runs.sweep.ledger import Ledger
 from lml.schedulers import LMLDDIMScheduler
-from lml.sweep import Ledger
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.link", "os.rmdir", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -124,7 +130,7 @@ MODEL += ["progress=false", "num_images=2", "threads=1"]
 SCORED = ["metrics=[convergence]", "metrics.convergence.nfe=3"]
 
 
-class Silent(runner.Observer):
+class Silent(Observer):
     def say(self, line: str) -> None:
         pass
 
@@ -135,7 +141,7 @@ def sample(*overrides: str) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
         if folder not in configs:
             configs[folder] = compose(*MODEL, *overrides, f"run_dir={folder}/run", config="sample")
-        runner.run(configs[folder], Silent())
+        run(configs[folder], Silent())
 
     return act
 
@@ -146,7 +152,7 @@ plain = sample("metrics=none")
 def evaluate(folder: Path) -> None:
     reference = f"metrics.convergence.reference={folder}/run/images"
     asked = ["metrics=convergence", f"run_dir={folder}/run", reference, "device=cpu", "threads=1"]
-    runner.evaluate_folder(compose(*asked, config="evaluate"), Silent())
+    evaluate_folder(compose(*asked, config="evaluate"), Silent())
 
 
 def prompted(folder: Path) -> None:
@@ -154,7 +160,7 @@ def prompted(folder: Path) -> None:
     entry = {"prompt": "a cat", "category": "color", "prompt_index": 0}
     made = prompt_sets.PromptSet("text", tuple({**entry, "sample": k} for k in range(2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "choose_prompts", lambda cfg, model: made)
+        patch.setattr(generate, "choose_prompts", lambda cfg, model: made)
         patch.setattr(pixel.PixelSampler, "cut", lambda self, texts: [], raising=False)
         plain(folder)
 
@@ -214,7 +220,7 @@ def partials(folder: Path) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "provenance", dict)  # which asks git
+    monkeypatch.setattr(generate, "provenance", dict)  # which asks git
     monkeypatch.setattr(os, "fsync", lambda number: None)
     monkeypatch.setattr(figures, "encode", lambda drawn: {"png": b"", "svg": b""})
     monkeypatch.chdir(tmp_path)
@@ -253,9 +259,9 @@ def test_whenever_it_is_cut_the_same_command_completes_it(tmp_path, name, kind):
         if stop == 0:
             assert left == old  # nothing is lost where nothing could be begun
         if (folder / "run/manifest.json").exists():
-            config = store.read_config(folder / "run")
-            owner = store.RunFolder(folder / "run", config["settings"])
-            if runner.is_finished(owner, {}):  # what says that it is complete is
+            config = read_config(folder / "run")
+            owner = RunFolder(folder / "run", config["settings"])
+            if is_finished(owner, {}):  # what says that it is complete is
                 assert of_run(left) in (of_run(old), of_run(expected))
                 assert {owner.holds(i) for i in range(2)} == {True}
         if kind == "read-only":  # all that is left is what a kill leaves
@@ -287,7 +293,7 @@ def test_a_run_of_a_million_images_starts_at_once(tmp_path, monkeypatch, again):
     for _ in range(2 if again else 1):
         start = time.process_time()
         with pytest.raises(Started):
-            runner.run(cfg, Watching())
+            run(cfg, Watching())
         assert time.process_time() - start < 5
     assert len(list((tmp_path / "run/images").glob("*.png"))) == (4 if again else 2)
 

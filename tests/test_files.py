@@ -18,12 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lml import files, store, sweep
+from lml import files
 from lml.data import cifar10, images, prompts
 from lml.data.statistics import ReferenceStatistics
 from lml.errors import UserError
+from lml.files import read_json
 from lml.pipelines import loading, text
 from lml.report import figures, results
+from lml.runs.records import read_config
+from lml.runs.store import RunFolder
+from lml.runs.sweep.ledger import Ledger
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,7 @@ def archive(path: Path) -> images.ImageZip:
 def stored(path: Path) -> bool | None:
     """What a run's folder says of its image 0, which is `path`."""
     (path.parent / "run/images").mkdir(parents=True)
-    folder = store.RunFolder(path.parent / "run", {})
+    folder = RunFolder(path.parent / "run", {})
     path.rename(folder.image_path(0))
     return folder.holds(0)
 
@@ -85,9 +89,9 @@ READERS = {
     "prompts.csv": (lambda path: prompts.table(path), UserError),
     "prompts.jsonl": (lambda path: prompts.read(path), UserError),
     "captions.json": (lambda path: prompts.coco14_30k(path), UserError),
-    "metrics.json": (store.read_json, {}),
+    "metrics.json": (read_json, {}),
     "timing.json": (lambda path: results._read(path, silent), {}),
-    "config.yaml": (lambda path: store.read_config(path.parent), UserError),
+    "config.yaml": (lambda path: read_config(path.parent), UserError),
     "sweep.yaml": (lambda path: results.read_sweep(path, silent), ([], [])),
     "results.csv": (lambda path: results.from_csv(path, [], silent), []),
     "config.json": (lambda path: loading.read_config(path.parent, "k", ("A",)), UserError),
@@ -162,11 +166,11 @@ def test_aliases_are_not_read(tmp_path, name, content):
 def test_what_is_written_has_no_aliases(tmp_path):
     """Though what is written has the same list at several places."""
     shared = [1, 2]
-    store.RunFolder(tmp_path / "run", {"a": shared}).open({"b": shared, "c": {"d": shared}})
-    assert store.read_config(tmp_path / "run")["c"] == {"d": [1, 2]}
+    RunFolder(tmp_path / "run", {"a": shared}).open({"b": shared, "c": {"d": shared}})
+    assert read_config(tmp_path / "run")["c"] == {"d": [1, 2]}
     (tmp_path / "sweep.yaml").write_text(files.dump_yaml({"a": shared, "b": {"é": shared}}))
     assert files.load_yaml(tmp_path / "sweep.yaml") == {"a": [1, 2], "b": {"é": [1, 2]}}
-    ledger = sweep.Ledger(tmp_path)
+    ledger = Ledger(tmp_path)
     cell = {"run": None, "overrides": ["a=1"], "status": "refused", "lml": {"rank": shared}}
     ledger.write([cell, {**cell, "overrides": ["a=2"]}])
     assert len(files.load_yaml(tmp_path / "sweep.yaml")["cells"]) == 2

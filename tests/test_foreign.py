@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_pipelines
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from omegaconf import OmegaConf
 
-from lml import instances, runner, store
+from lml import instances
 from lml.configs import compose
 from lml.errors import UserError
+from lml.files import file_hash
 from lml.metrics import frechet, networks
-from lml.pipelines import find, loading, text
+from lml.pipelines import find_model, loading, text
+from lml.pipelines import tiny as tiny_pipelines
 from lml.report import labels
+from lml.runs import sample
+from lml.runs.records import read_config
+from lml.seals import settings_hash
 
 CALLED = []  # what a foreign config had called
 ROOT = Path(__file__).parents[1]
@@ -48,7 +52,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "run"
     arguments = ["model=gaussian", "model.network.sample_size=4", "num_images=2", "batch_size=2"]
     arguments += ["nfe=4", "device=cpu", "progress=false", f"run_dir={folder}"]
-    runner.run(compose(*arguments, "metrics=none", config="sample"))
+    sample.run(compose(*arguments, "metrics=none", config="sample"))
     return folder
 
 
@@ -66,9 +70,9 @@ def put(run: Path, place: str, value: object, recorded: bool = True) -> None:
     if recorded:
         file = run / "manifest.json"
         manifest = json.loads(file.read_text())
-        manifest["config_sha256"] = store.file_hash(run / "config.yaml")
-        settings = store.read_config(run)["settings"]
-        manifest["settings_sha256"] = store.settings_hash(settings)
+        manifest["config_sha256"] = file_hash(run / "config.yaml")
+        settings = read_config(run)["settings"]
+        manifest["settings_sha256"] = settings_hash(settings)
         file.write_text(json.dumps(manifest))
 
 
@@ -102,7 +106,7 @@ TARGETS = [
     "lml.export.os.system",
     "lml.data.prompts.Path",
     "lml.data.prompts.json.loads",
-    "lml.store.write_atomic",
+    "lml.files.write_atomic",
     "lml.exact.Gaussian.load_state_dict",
     "hydra.utils.instantiate",
     "",
@@ -294,7 +298,7 @@ def test_a_noise_schedule_is_a_scheduler(tiny_model, tmp_path, name):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     edit(folder / "scheduler/scheduler_config.json", _class_name=name)
     with pytest.raises(UserError, match="makes no scheduler") as caught:
-        find({"name": "tiny", "path": str(folder)})
+        find_model({"name": "tiny", "path": str(folder)})
     assert "\n" not in str(caught.value)
 
 
@@ -350,7 +354,7 @@ def test_what_is_fetched_brings_no_code(monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     config = {"name": "m", "hub_id": "somebody/something", "guidance_scale": 1.0}
     with pytest.raises(UserError, match=r"^model\.hub_id=somebody/something: "):
-        text.find(config)
+        text.find_text_model(config)
 
 
 @pytest.mark.parametrize("place", ["metrics.image_reward.tokenizer", "metrics.clip_score.model"])
@@ -386,4 +390,4 @@ def test_weights_that_are_a_link_to_a_name_of_the_hub(tmp_path):
     (tmp_path / ("0" * 64)).write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / ("0" * 64))
     assert loading.weights_hash(tmp_path / "link") == "0" * 64
-    assert store.file_hash(tmp_path / "link") == hashlib.sha256(b"x").hexdigest()
+    assert file_hash(tmp_path / "link") == hashlib.sha256(b"x").hexdigest()

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lml.cli import _quoted
+from lml.cli.quoting import hydra_quoted
 
 FUZZ = {
     "derandomize": True,
@@ -73,7 +73,7 @@ def test_a_bad_value_of_any_key(outcome_of, name):
     @given(case=st.sampled_from(cases), text=st.text(max_size=20))
     def of_text(case, text):
         key = case.name.partition(":")[0]
-        arguments = [*case.arguments[:-1], f"{key}={_quoted(text)}"]
+        arguments = [*case.arguments[:-1], f"{key}={hydra_quoted(text)}"]
         outcome_of(bad.Case(case.group, case.script, arguments, key))
 
     of_a_word()

@@ -30,7 +30,7 @@ IMAGES = 32
 @pytest.fixture(scope="module")
 def problem():
     """The ideal denoiser, starting noise, and its solution in 200 steps of DPM-Solver++(3M)."""
-    if cifar10.find() is None:
+    if cifar10.find_folder() is None:
         pytest.skip(f"NOT TESTED: CIFAR-10 is not in {' or '.join(map(str, cifar10.SEARCHED))}")
     schedule = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
     network = Empirical.cifar10(count=2000, scheduler=schedule)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -20,6 +19,7 @@ from diffusers import (
 )
 
 from lml import schedulers
+from lml.pipelines import tiny as tiny_pipelines
 
 # What Stable Diffusion runs on; FlowMatchEuler and IPNDM have noise schedules of their own.
 FOR_STABLE_DIFFUSION = [

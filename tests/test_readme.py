@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lml.cli import CONFIGS
+from lml.configs import CONFIGS
 from lml.data.assets import ROOT
 
 README = ROOT / "README.md"

@@ -17,14 +17,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lml import configs, report, store
+from lml import configs, report
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.files import dump_yaml
+from lml.files import dump_yaml, read_json, write_json
 from lml.report import figures, labels, results, tables
 from lml.report.results import Cell, Result
 from lml.report.tables import Entry
 from lml.report.text import latex, markdown, to_csv
+from lml.runs.records import read_config
+from lml.runs.store import RunFolder
+from lml.seals import canonical, sealed, settings_hash
 
 DEFAULT = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/default.yaml"))
 LML = {"off": {**DEFAULT, "rank": 0}, "default": DEFAULT, "other": {**DEFAULT, "damping": 16.0}}
@@ -50,11 +53,11 @@ RESULT = {
 
 def options(solver):
     config = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/solver/{solver}.yaml"))
-    return store.canonical({key: config.get(key) or {} for key in ("scheduler", "step")})
+    return canonical({key: config.get(key) or {} for key in ("scheduler", "step")})
 
 
 def result(lml="off", **more):
-    values = {**RESULT, "lml": store.canonical(LML[lml]), **more}
+    values = {**RESULT, "lml": canonical(LML[lml]), **more}
     return Result(**{"solver_options": options(values["solver"]), **values})
 
 
@@ -240,7 +243,7 @@ def test_markdown_and_csv_have_all_of_it():
     ],
 )
 def test_labels_of_what_differs_from_the_default(changes, label):
-    options = store.canonical({**DEFAULT, **changes})
+    options = canonical({**DEFAULT, **changes})
     assert labels.lml_label(options, "dpmsolverpp", 5) == label
 
 
@@ -248,11 +251,11 @@ def test_labels_of_what_differs_from_the_default(changes, label):
 def test_the_published_setting_is_told_by_its_solver_and_evaluations(solver, target):
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/published.yaml"))
     options = {**config["lml"], "target": target, "damping": 8e-4}
-    assert labels.lml_label(store.canonical(options), solver, 5) == "published"
-    assert labels.lml_label(store.canonical(options), solver, 8) == "published, damping=0.0008"
+    assert labels.lml_label(canonical(options), solver, 5) == "published"
+    assert labels.lml_label(canonical(options), solver, 8) == "published, damping=0.0008"
     options["damping"] = 1e-3
-    assert labels.lml_label(store.canonical(options), solver, 8) == "published"
-    assert labels.lml_label(store.canonical(options), solver, 11) == "published"
+    assert labels.lml_label(canonical(options), solver, 8) == "published"
+    assert labels.lml_label(canonical(options), solver, 11) == "published"
 
 
 def test_a_solver_is_told_by_its_options():
@@ -272,16 +275,16 @@ def forget():
 
 def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
     for module in (labels, configs):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    (tmp_path / "configs/lml").mkdir(parents=True)
+        monkeypatch.setattr(module, "CONFIGS", tmp_path)
+    (tmp_path / "lml").mkdir()
     for name in labels.PRESETS:
         changed = {**DEFAULT, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
-        OmegaConf.save(changed, tmp_path / f"configs/lml/{name}.yaml")
+        OmegaConf.save(changed, tmp_path / f"lml/{name}.yaml")
     forget()
     try:
-        options = store.canonical({**DEFAULT, "damping": 8})
+        options = canonical({**DEFAULT, "damping": 8})
         assert labels.lml_label(options, "ddim", 8) == "default"
-        assert labels.lml_label(store.canonical(DEFAULT), "ddim", 9) == "damping=None"
+        assert labels.lml_label(canonical(DEFAULT), "ddim", 9) == "damping=None"
     finally:
         forget()
 
@@ -305,10 +308,10 @@ def test_another_version_of_the_method_is_another_setting(monkeypatch, version, 
     """Runs that do not say theirs are from before there was another."""
     monkeypatch.setattr(labels, "METHOD_VERSION", 1)
     forget()
-    assert labels.lml_label(store.canonical({**DEFAULT, **version}), "ddim", 5) == label
+    assert labels.lml_label(canonical({**DEFAULT, **version}), "ddim", 5) == label
     monkeypatch.setattr(labels, "METHOD_VERSION", 2)
     forget()
-    assert (labels.lml_label(store.canonical(DEFAULT), "ddim", 5)) == "default, method 1"
+    assert (labels.lml_label(canonical(DEFAULT), "ddim", 5)) == "default, method 1"
     forget()
 
 
@@ -331,8 +334,8 @@ def make_run(tmp_path):
             **options,
         }
         settings = {**config, "model": {"network": "abc"}}
-        name = store.settings_hash(settings)[:10]
-        run = store.RunFolder(tmp_path / "outputs/study" / name, settings)
+        name = settings_hash(settings)[:10]
+        run = RunFolder(tmp_path / "outputs/study" / name, settings)
         run.open(config)
         for i in range(options["num_images"]):
             random = np.random.default_rng([options["seed"] + i, options["nfe"], lml["rank"]])
@@ -341,11 +344,11 @@ def make_run(tmp_path):
         run.close()
         if metrics is None:
             metrics = {"fd": {"value": value, "protocol": {"extractor": "e", "images": 2}}}
-        entries = {name: store.sealed(entry, run.hash, name) for name, entry in metrics.items()}
+        entries = {name: sealed(entry, run.hash, name) for name, entry in metrics.items()}
         if entries:
-            store.write_json(run.path / "metrics.json", entries)
+            write_json(run.path / "metrics.json", entries)
         if timing is not None:
-            store.write_json(run.path / "timing.json", store.sealed(timing, run.hash, "timing"))
+            write_json(run.path / "timing.json", sealed(timing, run.hash, "timing"))
         return run.path
 
     return make
@@ -482,9 +485,9 @@ def test_a_broken_file_is_named_and_the_others_go_on(make_run, tabulate, content
     make_run("default", value=2.0)
     file = broken / "metrics.json"
     file.write_bytes(content.encode("latin1"))
-    if isinstance(entry := store.read_json(file).get("fd"), dict):
-        sha256 = store.read_json(broken / "manifest.json")["settings_sha256"]
-        store.write_json(file, {"fd": store.sealed(entry, sha256, "fd")})
+    if isinstance(entry := read_json(file).get("fd"), dict):
+        sha256 = read_json(broken / "manifest.json")["settings_sha256"]
+        write_json(file, {"fd": sealed(entry, sha256, "fd")})
     (broken / "timing.json").write_text("{")
     out, said = tabulate()
     first, second = said.splitlines()
@@ -505,12 +508,10 @@ def test_results_of_runs_that_are_gone_are_kept(make_run, tabulate):
     gone, stays = make_run(value=1.0), make_run("default", value=0.5)
     tabulate()
     shutil.rmtree(gone)
-    sha256 = store.read_json(stays / "manifest.json")["settings_sha256"]
+    sha256 = read_json(stays / "manifest.json")["settings_sha256"]
     edit(  # measured again
         stays / "metrics.json",
-        lambda entries: entries.update(
-            fd=store.sealed({**entries["fd"], "value": 0.4}, sha256, "fd")
-        ),
+        lambda entries: entries.update(fd=sealed({**entries["fd"], "value": 0.4}, sha256, "fd")),
     )
     new = make_run("other", value=0.25)
     out, said = tabulate()
@@ -792,7 +793,7 @@ def test_no_curves_of_the_base_alone_where_the_others_are_too_many():
     given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
     assert figures.curves(tables.build("fd", given)) is not None  # there is nothing else
     for k in range(len(figures.MARKERS) + 1):
-        lml = store.canonical({**DEFAULT, "damping": k + 1.0})
+        lml = canonical({**DEFAULT, "damping": k + 1.0})
         given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
     assert figures.curves(tables.build("fd", given)) is None
 
@@ -800,7 +801,7 @@ def test_no_curves_of_the_base_alone_where_the_others_are_too_many():
 def test_each_setting_of_one_solver_has_a_curve_that_can_be_told():
     given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
     for k in range(len(figures.MARKERS)):
-        lml = store.canonical({**DEFAULT, "damping": k + 1.0})
+        lml = canonical({**DEFAULT, "damping": k + 1.0})
         given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
     lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
@@ -811,7 +812,7 @@ def test_the_curves_of_two_solvers_with_six_settings_each_can_be_told():
     given = []
     for solver in ("ddim", "unipc"):
         for k in range(6):
-            lml = store.canonical({**DEFAULT, "damping": k + 1.0})
+            lml = canonical({**DEFAULT, "damping": k + 1.0})
             for nfe in (5, 8):
                 one = result(solver=solver, nfe=nfe, run=f"{solver}{k}{nfe}")
                 given.append(dataclasses.replace(one, lml=lml))
@@ -823,7 +824,7 @@ def searched(dampings=(4.0, 8.0), ranks=(1, 2), base=True):
     given = [result(value=1.0)] if base else []
     for rank in ranks:
         for damping in dampings:
-            lml = store.canonical({**DEFAULT, "rank": rank, "damping": damping})
+            lml = canonical({**DEFAULT, "rank": rank, "damping": damping})
             value = 1 + (rank - 1.5) * damping / 8
             given.append(dataclasses.replace(result(value=value, run=f"{rank}{damping}"), lml=lml))
     return given
@@ -869,7 +870,7 @@ def test_no_map_unless_both_vary():
 def test_a_map_for_each_of_the_other_settings():
     given = searched()
     for r in searched(base=False):
-        lml = store.canonical({**json.loads(r.lml), "target": "increment"})
+        lml = canonical({**json.loads(r.lml), "target": "increment"})
         given.append(dataclasses.replace(r, lml=lml, run=r.run + "i"))
     given.remove(given[1])  # one of the first map's cells
     drawn = figures.maps(tables.build("fd", given), given)
@@ -930,7 +931,7 @@ def test_runs_become_tables(script, toy, tmp_path):
     assert script("sample", "-m", *toy, *arguments, *more).code == 0
     runs = tmp_path / "outputs/study"
     folders = {path for path in runs.iterdir() if path.is_dir()}
-    unfinished = next(path for path in folders if store.read_config(path)["nfe"] == 3)
+    unfinished = next(path for path in folders if read_config(path)["nfe"] == 3)
     (unfinished / "manifest.json").unlink()
     outcome = script("tabulate", "name=study")
     assert (outcome.code, outcome.err) == (0, "")

@@ -14,11 +14,12 @@ import diffusers
 import pytest
 from omegaconf import OmegaConf
 
-from lml import runner, schema
-from lml.cli import CONFIGS
-from lml.configs import compose
+from lml import schema
+from lml.configs import CONFIGS, compose
+from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import DEPTH, check_path, load_json, read_object
+from lml.runs.sampling import ATTENTION, DTYPES
 
 DEEP = 100_000 * "[" + 100_000 * "]"
 
@@ -58,8 +59,8 @@ def test_so_are_those_of_the_other_scripts(script, overrides):
 
 
 def test_names_of_types_and_attention_are_those_that_there_are():
-    assert set(get_args(schema.Dtype)) == set(runner.DTYPES)
-    assert set(get_args(schema.Attention)) == set(runner.ATTENTION)
+    assert set(get_args(schema.Dtype)) == set(DTYPES)
+    assert set(get_args(schema.Attention)) == set(ATTENTION)
 
 
 REFUSED = {
@@ -156,7 +157,7 @@ def test_a_file_that_is_not_as_it_should_be(tmp_path, name, content, line):
 
 def test_files_are_read_in_one_way():
     """What else parses text parses what is in a table's row, or in a line of a file."""
-    package = Path(runner.__file__).parent
+    package = ROOT / "lml"
     parsing = {
         file.relative_to(package).as_posix()
         for file in package.rglob("*.py")
@@ -178,12 +179,12 @@ def test_paths_that_no_file_has(path):
 
 @pytest.mark.parametrize("name", ["~/x", "a", "a.b", "...", ".a", "a/..b", "データ"])
 def test_names_of_folders(name):
-    assert schema.find(schema.Name, name, "name") is None
+    assert schema.find_problem(schema.Name, name, "name") is None
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/..", "a/../b", "./a", "/a", "a\nb", "\0", 5])
 def test_names_that_lead_elsewhere(name):
-    assert schema.find(schema.Name, name, "name")
+    assert schema.find_problem(schema.Name, name, "name")
 
 
 # --- the command line --------------------------------------------------------------------------

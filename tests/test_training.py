@@ -12,7 +12,8 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from lml import cli, training
+from lml import training
+from lml.cli.main import Interrupted
 from lml.data import cifar10
 from lml.data.statistics import ReferenceStatistics
 from lml.metrics.frechet import fd_cifar
@@ -114,7 +115,7 @@ def test_an_interruption_loses_what_came_after_the_last_checkpoint(train, tmp_pa
 
     def isfinite(value: float) -> bool:
         if next(stop):
-            raise cli.Interrupted(signal.SIGTERM)
+            raise Interrupted(signal.SIGTERM)
         return check(value)
 
     monkeypatch.setattr(training.math, "isfinite", isfinite)

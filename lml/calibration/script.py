@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lml import runner, schema
+from lml import schema
 from lml.calibration import stored
 from lml.calibration.search import (
     CalibrationError,
@@ -29,24 +29,21 @@ from lml.calibration.search import (
 )
 from lml.device import use_device
 from lml.errors import UserError, first_line, say
-from lml.files import read_object
+from lml.files import disk_error, read_object, write_json
 from lml.instances import make
-from lml.pipelines import find, pixel
-from lml.processes import joined, on_first, rank_and_world
-from lml.store import (
-    canonical,
-    check_output,
-    disk_error,
-    sealed,
-    why_not_sealed,
-    write_json,
-)
+from lml.pipelines import Model, find_model, pixel
+from lml.processes import is_first, joined, on_first
+from lml.runs.plan import choose_prompts
+from lml.runs.records import check_output
+from lml.runs.sampling import guarded, load_sampler
+from lml.runs.solver import find_steps, make_scheduler, read_solver
+from lml.seals import canonical, sealed, why_not_sealed
 
 STATE = "state.json"  # where a search goes on
 PROTOCOL = ("seed", "searched", "unseen", "ranks", "rounds", "fine", "batch_size", "dtype")
 
 
-def make_objective(cfg: Mapping[str, Any], model: runner.Model, device: torch.device) -> Objective:
+def make_objective(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Objective:
     """What samples are compared by: their own space, or features of the images."""
     if cfg["objective"] == "features":
         network = make(cfg["extractor"], "extractor")
@@ -89,21 +86,21 @@ _fine: dict[str, Tensor] = {}  # solutions that the cells of a sweep share
 
 
 def make_problem(
-    cfg: Mapping[str, Any], model: runner.Model, scheduler: SchedulerMixin, device: torch.device
+    cfg: Mapping[str, Any], model: Model, scheduler: SchedulerMixin, device: torch.device
 ) -> Problem:
     """The problem that the config `cfg` (configs/calibrate.yaml) describes."""
     name = cfg["fine"]["solver"]
     fine = {
         **cfg,
-        "solver": runner.read_solver(name, "fine.solver"),
+        "solver": read_solver(name, "fine.solver"),
         "grid": {},
         "lml": {"rank": 0},
         "nfe": cfg["fine"]["nfe"],
     }
-    fine_scheduler = runner.make_scheduler(fine, model)
+    fine_scheduler = make_scheduler(fine, model)
     count = cfg["searched"] + cfg["unseen"]
-    prompts = runner.choose_prompts({**cfg, "num_images": count}, model)
-    sampler = runner.load_sampler(cfg, model, device)
+    prompts = choose_prompts({**cfg, "num_images": count}, model)
+    sampler = load_sampler(cfg, model, device)
     step = cfg["solver"].get("step") or {}
     decode = cfg["objective"] == "features"
 
@@ -124,16 +121,16 @@ def make_problem(
     def solve(solver: SchedulerMixin, steps: int, indices: Sequence[int], **options: Any) -> Tensor:
         texts = None if prompts is None else [prompts.texts[i] for i in indices]
         seeds = [cfg["seed"] + i for i in indices]
-        with runner.guarded(cfg, model, device):
+        with guarded(cfg, model, device):
             return sampler(solver, steps, seeds, texts, decode=decode, **options).float()
 
     return Problem(
         sample,
         sampler.network,
         scheduler,
-        runner.find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"]),
+        find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"]),
         fine_scheduler,
-        runner.find_steps(fine_scheduler, cfg["fine"]["nfe"], name),
+        find_steps(fine_scheduler, cfg["fine"]["nfe"], name),
         make_objective(cfg, model, device),
         cfg["batch_size"],
     )
@@ -148,8 +145,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check(config)
     device = use_device(config["device"], config["threads"])
     with joined():
-        model = find(config["model"])
-        scheduler = runner.make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
+        model = find_model(config["model"])
+        scheduler = make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
         if not hasattr(scheduler, "dampings"):
             raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")
         if adds_noise(scheduler, config["solver"].get("step") or {}):
@@ -208,7 +205,7 @@ def _store(folder: Path, values: Mapping[str, Any]) -> None:
 
 def _calibrate(
     cfg: Mapping[str, Any],
-    model: runner.Model,
+    model: Model,
     scheduler: SchedulerMixin,
     settings: Mapping[str, Any],
     folder: Path,
@@ -216,22 +213,22 @@ def _calibrate(
 ) -> dict[str, Any]:
     problem = make_problem(cfg, model, scheduler, device)
     protocol = {key: cfg[key] for key in PROTOCOL}
-    first, _ = rank_and_world()
     whole = {"settings": settings, "protocol": protocol}
     states = on_first(lambda: _read_state(folder / STATE, whole))
 
     def save(progress: Progress) -> None:
         states[progress.key] = progress
-        if first == 0:
+        if is_first():
             searches = [asdict(progress) for progress in states.values()]
             write_json(folder / STATE, sealed({"of": whole, "searches": searches}, STATE))
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
     total = most_evaluations(problem, len(searched), len(unseen), cfg["ranks"], cfg["rounds"])
-    if first == 0:
+    if is_first():
         print(f"at most {total:,} network evaluations", flush=True)
-    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=first > 0 or not cfg["progress"])
+    shows = is_first() and cfg["progress"]
+    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=not shows)
     try:
         with bar:
             found = calibrate(
@@ -276,7 +273,7 @@ _told: list[tuple[str, int, float, str]] = []  # of the cells of this sweep in t
 
 def tell(cfg: DictConfig, values: Mapping[str, Any]) -> None:
     """Print what was found, and which of a sweep's cells is the best so far."""
-    if rank_and_world()[0]:
+    if not is_first():
         return
     if HydraConfig.get().mode == RunMode.RUN or not HydraConfig.get().job.num:
         _told.clear()

@@ -11,7 +11,7 @@ from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import read_object
 from lml.schema import LML, CalibrationFile
-from lml.store import differences, sealed, settings_hash, why_not_sealed
+from lml.seals import differences, sealed, settings_hash, why_not_sealed
 
 FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")
@@ -68,7 +68,7 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
     return sealed(values, "calibration")
 
 
-def find(settings: Mapping[str, Any]) -> Path | None:
+def find_calibration(settings: Mapping[str, Any]) -> Path | None:
     """The file of the calibration with exactly these settings, or None."""
     digest = settings_hash(settings)[:10]
     for place in PLACES:
@@ -95,7 +95,7 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
                 f"lml.calibration={lml['calibration']}: made for other settings "
                 f"({'; '.join(found[:2])})"
             )
-    elif (path := find(settings)) is not None:
+    elif (path := find_calibration(settings)) is not None:
         values = read(path, "lml.calibration")
     else:
         grid = cfg["grid"].get("name", "default")

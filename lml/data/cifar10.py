@@ -32,7 +32,7 @@ def _sheet(path: Path) -> np.ndarray:
         raise UserError(f"{path}: not a sheet of CIFAR-10 images ({error})") from None
 
 
-def find(path: str | Path | None = None) -> Path | None:
+def find_folder(path: str | Path | None = None) -> Path | None:
     """The folder that holds CIFAR-10 (`path`, or the first of `SEARCHED`), or None."""
     for folder in [Path(path)] if path is not None else [ROOT / p for p in SEARCHED]:
         if (folder / "data_batch_1.png").is_file() or (folder / "cifar-10-batches-py").is_dir():
@@ -53,7 +53,7 @@ def load(
     Raises UserError when there is nothing to read, or it is broken; `key` is the part of the
     configuration that its message points to.
     """
-    folder = find(path)
+    folder = find_folder(path)
     if folder is not None and (folder / "data_batch_1.png").is_file():
         images = np.concatenate([_sheet(folder / name) for name in SHEETS[split]])
         with open_regular(folder / f"{split}_labels.npy") as file:

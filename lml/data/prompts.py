@@ -15,6 +15,7 @@ from lml.data.assets import locate
 from lml.errors import UserError, nearest
 from lml.files import load_json, read_bytes
 from lml.instances import make
+from lml.schema import check_whole
 
 FILE = "prompts.jsonl"  # in a run's folder
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -89,7 +90,7 @@ def read(path: str | Path) -> PromptSet:
     return _collect(FILE, entries, str(path))
 
 
-def find(images: str | Path, config: Mapping[str, Any] | None = None) -> list[str] | None:
+def find_texts(images: str | Path, config: Mapping[str, Any] | None = None) -> list[str] | None:
     """The prompts of a folder of images: those of the run that made them, else those of `config`.
 
     None where there are neither. UserError when there are both and they aren't the same.
@@ -143,11 +144,7 @@ def t2i_compbench(
     `path` is the benchmark's repository, or a folder of CATEGORY_val.txt. The order is category,
     prompt, sample, as the benchmark's own evaluators need it (lml/export.py).
     """
-    if not isinstance(samples_per_prompt, int) or samples_per_prompt < 1:
-        raise UserError(
-            f"prompts.samples_per_prompt={samples_per_prompt}: a whole number of at least 1 is "
-            "asked"
-        )
+    check_whole(samples_per_prompt, "prompts.samples_per_prompt")
     folder = locate(path)
     if (folder / "examples/dataset").is_dir():
         folder = folder / "examples/dataset"

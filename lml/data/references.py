@@ -52,7 +52,7 @@ class TorchvisionImages:
     def _cifar10(self, split: str) -> tuple[Path, Tensor]:
         if split not in cifar10.SHEETS:
             raise UserError(f"{self.key}={self.spec}: CIFAR10:train or CIFAR10:test is asked")
-        root = cifar10.find()
+        root = cifar10.find_folder()
         if root is None:
             self._refuse("CIFAR10", " or ".join(map(str, cifar10.SEARCHED)), "no such folder")
         return root, cifar10.load(split, root)[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lml.data import cifar10
 from lml.errors import UserError
 from lml.exact.base import ExactModel
+from lml.schema import check_whole
 
 
 class Empirical(ExactModel):
@@ -39,8 +40,7 @@ class Empirical(ExactModel):
             raise UserError(f"images={tuple(images.shape)}: (N, C, H, W) with N at least 1")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise UserError(f"images={images.dtype}: uint8 or floating point")
-        if block_size < 1:
-            raise UserError(f"block_size={block_size}: at least 1")
+        check_whole(block_size, "block_size")
         super().__init__(images.shape[1:], **kwargs)
         self.block_size = block_size
         self.register_buffer("images", images.flatten(1))

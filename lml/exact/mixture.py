@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lml.errors import UserError
 from lml.exact.base import ExactModel
+from lml.schema import check_whole
 
 
 class MixtureOfGaussians(ExactModel):
@@ -66,10 +67,8 @@ class MixtureOfGaussians(ExactModel):
         A component's low-rank part has the standard deviation `std` in an average pixel, beside the
         floor's √`floor`.
         """
-        if components < 1:
-            raise UserError(f"components={components}: at least 1")
-        if rank < 1:
-            raise UserError(f"rank={rank}: at least 1")
+        check_whole(components, "components")
+        check_whole(rank, "rank")
         generator = torch.Generator().manual_seed(seed)
         shape = (in_channels, sample_size, sample_size)
         size = in_channels * sample_size**2

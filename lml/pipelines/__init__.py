@@ -1,4 +1,4 @@
-"""What turns seeds (and prompts) into images; `find` is where a config becomes a model."""
+"""What turns seeds (and prompts) into images; `find_model` is where a config becomes a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 from lml.errors import UserError, nearest
 from lml.pipelines import latent, pixel, text
 
-KINDS = {"pixel": pixel, "latent": latent, "text": text}
+Model = pixel.PixelModel | text.TextModel
+Sampler = pixel.PixelSampler | text.TextSampler
+KINDS = {
+    "pixel": pixel.find_pixel_model,
+    "latent": latent.find_latent_model,
+    "text": text.find_text_model,
+}
 
 
-def find(config: Mapping[str, Any]) -> pixel.PixelModel | latent.LatentModel | text.TextModel:
+def find_model(config: Mapping[str, Any]) -> Model:
     """The model that a config of the group `model` describes. UserError when there is none."""
     kind = config.get("kind", "pixel")
     if kind not in KINDS:
         raise UserError(f"model.kind={kind}: unknown; nearest: {nearest(str(kind), KINDS)}")
-    return KINDS[kind].find(config)
+    return KINDS[kind](config)

@@ -69,7 +69,7 @@ class LatentSampler(pixel.PixelSampler):
         return torch.cat([self.decoder.decode(block).sample for block in blocks])
 
 
-def find(config: Mapping[str, Any]) -> LatentModel:
+def find_latent_model(config: Mapping[str, Any]) -> LatentModel:
     """The model in the folder of an LDMPipeline: `unet`, `vqvae` or `vae`, and `scheduler`.
 
     `path`, `hub_id`, `revision` and `scheduler` as for pixel models; `scaling_factor` is what its

@@ -17,6 +17,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from lml.errors import UserError
 from lml.pipelines import loading
+from lml.schema import check_whole
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class PixelSampler:
         )
 
 
-def find(config: Mapping[str, Any]) -> PixelModel:
+def find_pixel_model(config: Mapping[str, Any]) -> PixelModel:
     """The model that a config of the group `model` describes.
 
     Either `network` and `scheduler` are objects to make (`_target_`), or `path` (or `hub_id` and
@@ -166,8 +167,7 @@ def find(config: Mapping[str, Any]) -> PixelModel:
         scheduler = loading.make_scheduler(made["scheduler"])
         return PixelModel(config["name"], made, scheduler, config)
     patch = config.get("patch", 1)
-    if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:
-        raise UserError(f"model.patch={patch}: a whole number of at least 1 is asked")
+    check_whole(patch, "model.patch")
     root, key = loading.find_folder(config), loading.describe_key(config)
     weights, network = find_network(root, key, config)
     channels = network.get("in_channels", 3)

@@ -215,7 +215,7 @@ def _last_step(scheduler: SchedulerMixin) -> Iterator[list[Tensor]]:
         del scheduler.step
 
 
-def find(config: Mapping[str, Any]) -> TextModel:
+def find_text_model(config: Mapping[str, Any]) -> TextModel:
     """The pipeline that `path`, or `hub_id` at `revision`, holds, with `controlnet` if any.
 
     UserError when there is none, or for an option out of its range.

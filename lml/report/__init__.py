@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from lml.errors import UserError
+from lml.files import disk_error, write_atomic
 from lml.report import figures, results, tables, text
-from lml.store import check_output, disk_error, write_atomic
+from lml.runs.records import check_output
+from lml.schema import Cell
 
 
 def tabulate(cfg: DictConfig) -> Path:
@@ -27,6 +30,32 @@ def tabulate(cfg: DictConfig) -> Path:
     check_output(out, "out")
     if not runs.is_dir() and not (out / "results.csv").is_file():
         raise UserError(f"runs={runs}: no such folder; experiment=NAME of a study that was run")
+    study = _read(runs, out)
+    show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
+    metrics = results.choose(study.known, show)
+    for note in study.notes:
+        print(note, file=sys.stderr)
+    files = _render(study, metrics)
+    _write(files, out, kept=study.sweep.name)
+    print("\n".join(data for name, data in files.items() if name.endswith(".md")), end="")
+    return out
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What is known of the runs in a folder."""
+
+    runs: Path
+    found: list[results.Result]  # in that folder
+    known: list[results.Result]  # and in the results.csv of an earlier time
+    sweep: Path
+    commands: list[str]
+    cells: list[Cell]
+    notes: list[str]  # on what could not be used
+
+
+def _read(runs: Path, out: Path) -> _Study:
+    """UserError when there is nothing to show."""
     results.check_kept(out / "results.csv", f"out={out}")
     notes = []
     found = results.collect(runs, notes.append)
@@ -38,41 +67,46 @@ def tabulate(cfg: DictConfig) -> Path:
         raise UserError(f"runs={runs}: no complete run with a metric or a time in it")
     sweep = (runs if (runs / "sweep.yaml").is_file() else out) / "sweep.yaml"
     commands, cells = results.read_sweep(sweep, notes.append)
-    show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
-    metrics = results.choose(known, show)
-    for note in notes:
-        print(note, file=sys.stderr)
-
     commands = commands or [f"python scripts/sample.py -m experiment={runs.name}"]
+    return _Study(runs, found, known, sweep, commands, cells, notes)
+
+
+def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
+    """The files of the study, by name."""
     files = {}
-    rows = [r for r in known if r.metric in metrics or not results.is_timing(r.metric)]
+    rows = [r for r in study.known if r.metric in metrics or not results.is_timing(r.metric)]
     files["results.csv"] = results.to_csv(rows)
-    if cells:
-        files["sweep.yaml"] = sweep.read_bytes()
+    if study.cells:
+        files["sweep.yaml"] = study.sweep.read_bytes()
     drawn, times = {}, []
     for metric in metrics:
         stem = metric.replace("/", "_")
-        chosen = [result for result in known if result.metric == metric]
-        table = tables.build(metric, chosen, cells)
+        chosen = [result for result in study.known if result.metric == metric]
+        table = tables.build(metric, chosen, study.cells)
         if results.is_timing(metric):
             times.append(table)
             continue
         warnings = sorted({f"Warning: {result.warning}." for result in chosen if result.warning})
-        files |= _texts(stem, table, commands, [*warnings, *notes])
+        files |= _texts(stem, table, study.commands, [*warnings, *study.notes])
         drawn[stem] = figures.curves(table)
         drawn[f"{stem}_map"] = figures.maps(table, chosen)
         drawn[f"{stem}_steps"] = figures.steps(table, chosen)
     for table in tables.times(times):
-        files |= _texts(f"timing_nfe{table.times_at}", table, commands, notes)
+        files |= _texts(f"timing_nfe{table.times_at}", table, study.commands, study.notes)
     if not all(map(results.is_timing, metrics)):
-        drawn |= figures.strips(found, runs)
+        drawn |= figures.strips(study.found, study.runs)
     for stem, figure in drawn.items():
         if figure is not None:
             pictures = figures.encode(figure).items()
             files |= {f"{stem}.{suffix}": data for suffix, data in pictures}
+    return files
+
+
+def _write(files: Mapping[str, str | bytes], out: Path, kept: str) -> None:
+    """UserError for a folder that has files of these names, but for `kept`, and is no study's."""
     if not (out / "results.csv").exists():
         for name in files:
-            if name != sweep.name and (out / name).exists():
+            if name != kept and (out / name).exists():
                 raise UserError(
                     f"out={out}: {name} in it is not of a study (there is no results.csv beside "
                     "it); choose another folder"
@@ -83,8 +117,6 @@ def tabulate(cfg: DictConfig) -> Path:
         raise disk_error(out, error, "out") from None
     for name, data in files.items():
         write_atomic(out / name, data, "out")
-    print("\n".join(data for name, data in files.items() if name.endswith(".md")), end="")
-    return out
 
 
 def _texts(

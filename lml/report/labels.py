@@ -10,10 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lml.configs import compose
+from lml.configs import CONFIGS, compose
 from lml.correction import METHOD_VERSION
-from lml.data.assets import ROOT
-from lml.store import canonical
+from lml.seals import canonical
 
 OFF, DEFAULT, PUBLISHED, CALIBRATED = "off", "default", "published", "calibrated"
 
@@ -69,7 +68,7 @@ def solver_label(name: str, options: str) -> str:
 def _option(group: str, name: str) -> dict[str, Any]:
     """What the option adds to a config, not resolved; nothing where the group has none such."""
     # by the names that there are: `name` may be what somebody else's run says
-    if name not in [file.stem for file in (ROOT / "configs" / group).glob("*.yaml")]:
+    if name not in [file.stem for file in (CONFIGS / group).glob("*.yaml")]:
         return {}
     return OmegaConf.to_container(compose(f"+{group}={name}"))
 

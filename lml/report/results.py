@@ -14,8 +14,10 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, first_line, nearest
 from lml.files import file_hash, open_regular, read_object
-from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find
-from lml.store import canonical, image_name, read_config, sealed, why_not_sealed
+from lml.runs.names import image_name
+from lml.runs.records import read_config
+from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find_problem
+from lml.seals import canonical, sealed, why_not_sealed
 
 Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
 
@@ -81,7 +83,7 @@ def collect(folder: Path, say: Say) -> list[Result]:
             if isinstance(entry, dict) and (reason := why_not_sealed(entry, sha256, name)):
                 say(f"{run / 'metrics.json'}: {name} {reason}; not used")
                 continue
-            if problem := find(Score, entry, name):
+            if problem := find_problem(Score, entry, name):
                 say(f"{run / 'metrics.json'}: {name} is broken; not used ({problem})")
                 continue
             values += _parts(name, entry)

@@ -13,7 +13,7 @@ from lml.data import cifar10
 from lml.errors import UserError
 
 needs_data = pytest.mark.skipif(
-    cifar10.find() is None,
+    cifar10.find_folder() is None,
     reason=f"CIFAR-10 is not in {' or '.join(map(str, cifar10.SEARCHED))}",
 )
 
@@ -68,7 +68,7 @@ def test_torchvisions_copy(tmp_path, pixels, monkeypatch):
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [7, 3]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
-    assert cifar10.find(tmp_path) == tmp_path
+    assert cifar10.find_folder(tmp_path) == tmp_path
     images, labels = cifar10.load("train", tmp_path)
     assert np.array_equal(images.permute(0, 2, 3, 1), pixels[:10])
     assert labels.tolist() == [7, 3] * 5
@@ -80,7 +80,7 @@ def test_torchvisions_copy(tmp_path, pixels, monkeypatch):
 
 
 def test_no_data(tmp_path):
-    assert cifar10.find(tmp_path) is None
+    assert cifar10.find_folder(tmp_path) is None
     message = rf"^data\.path={tmp_path}: CIFAR-10 is not in {tmp_path}; .* data\.download=true$"
     with pytest.raises(UserError, match=message):
         cifar10.load(path=tmp_path)

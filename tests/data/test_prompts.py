@@ -336,16 +336,23 @@ def test_a_runs_own_prompts_come_first(tmp_path):
     given = {"_target_": "lml.data.prompts.text", "file": str(tmp_path / "p.txt")}
     _write(tmp_path / "p.txt", "a\nb\n")
     images = tmp_path / "run/images"
-    assert prompts.find(images) is None and prompts.find(images, {}) is None
-    assert prompts.find(images, given) == ["a", "b"] == prompts.find(tmp_path / "plain", given)
+    assert prompts.find_texts(images) is None and prompts.find_texts(images, {}) is None
+    assert (
+        prompts.find_texts(images, given)
+        == ["a", "b"]
+        == prompts.find_texts(tmp_path / "plain", given)
+    )
     made = prompts.text(_write(tmp_path / "q.txt", "x\ny\n"))
     (tmp_path / "run/prompts.jsonl").write_text(made.to_jsonl())
-    assert prompts.find(images) == prompts.find(images, {}) == ["x", "y"]
+    assert prompts.find_texts(images) == prompts.find_texts(images, {}) == ["x", "y"]
     refused(
-        r"^prompts: images=.* were made from those in .*prompts\.jsonl", prompts.find, images, given
+        r"^prompts: images=.* were made from those in .*prompts\.jsonl",
+        prompts.find_texts,
+        images,
+        given,
     )
     _write(tmp_path / "p.txt", "x\ny\n")
-    assert prompts.find(images, given) == ["x", "y"]
+    assert prompts.find_texts(images, given) == ["x", "y"]
 
 
 def test_bad_prompts_are_one_line_of_the_script(script, tmp_path):

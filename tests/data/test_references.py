@@ -91,7 +91,7 @@ def test_a_folder_and_a_zip_are_the_same(folder, tmp_path, pixels):
 
 
 def test_cifar10():
-    if cifar10.find() is None:
+    if cifar10.find_folder() is None:
         pytest.skip(f"CIFAR-10 is looked for in {' or '.join(map(str, cifar10.SEARCHED))}")
     images = open_images("torchvision:CIFAR10:test")
     assert len(images) == 10_000 and images.size == (32, 32)

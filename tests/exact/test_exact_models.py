@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+from lml.configs import compose
 from lml.data import cifar10
 from lml.errors import UserError
 from lml.exact import ExactModel, Gaussian
@@ -204,10 +204,9 @@ def test_other_bad_input(problem):
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture", "ideal_cifar10"])
 def test_the_configs_make_what_they_say(name):
-    if name == "ideal_cifar10" and cifar10.find() is None:
+    if name == "ideal_cifar10" and cifar10.find_folder() is None:
         pytest.skip(f"CIFAR-10 is not in {' or '.join(map(str, cifar10.SEARCHED))}")
-    path = Path(__file__).parents[2] / "configs/model" / f"{name}.yaml"
-    config = OmegaConf.create({"model": OmegaConf.load(path)})
+    config = compose(f"+model={name}")
     toy = {"count": 20} if name == "ideal_cifar10" else {"sample_size": 4}
     config.model.network.update(toy)
     config.model.scheduler.prediction_type = "v_prediction"

@@ -76,5 +76,5 @@ def test_bad_input(options, message):
 
 @pytest.mark.parametrize("key", ["components", "rank"])
 def test_bad_random(key):
-    with pytest.raises(UserError, match=f"^{key}=0: at least 1"):
+    with pytest.raises(UserError, match=f"^{key}=0: a whole number of at least 1"):
         MixtureOfGaussians.random(4, **{key: 0})

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchmetrics import Metric
 
-from lml import store
+from lml import files
 from lml.data.images import ImageFolder
 from lml.data.prompts import text
 from lml.data.references import Reference
@@ -380,7 +380,7 @@ def test_scores_that_cannot_be_written(script, data, tmp_path, monkeypatch):
     def full(path: Path, durable: bool = True) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "replacing", full)
+    monkeypatch.setattr(files, "replacing", full)
     outcome = script("evaluate", "images=images", *metric, "out=others.json")
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "No space" in outcome.err
     assert "fd_cifar" in outcome.out  # what took the time is not lost

@@ -13,8 +13,9 @@ from diffusers import DDPMScheduler
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lml import runner, schedulers
+from lml import schedulers
 from lml.data.assets import ROOT
+from lml.data.images import read
 from lml.errors import UserError
 from lml.exact import Gaussian, MixtureOfGaussians
 from lml.metrics.base import class_by_name
@@ -22,6 +23,8 @@ from lml.metrics.evaluate import build
 from lml.metrics.trajectory import CorrectionCosine, Hessian, IdealDirection
 from lml.pipelines import pixel
 from lml.pipelines.trajectory import Correction, Replay, Trajectory, record
+from lml.runs import repeat
+from lml.runs.records import read_config
 
 SCHEDULE = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
 STEPS = 5
@@ -97,11 +100,11 @@ def test_a_replay_is_the_run(script, tmp_path):
     arguments = ["model=gaussian", "model.network.sample_size=4", "seed=7", "threads=1"]
     arguments += ["num_images=5", "batch_size=2", "nfe=4", "metrics=none", "run_dir=run"]
     assert script("sample", *arguments).code == 0
-    config = runner.read_config(tmp_path / "run")
-    again = runner.replay(config, torch.device("cpu"), 4)
+    config = read_config(tmp_path / "run")
+    again = repeat.replay(config, torch.device("cpu"), 4)
     assert again.timesteps == [999, 749, 500, 250]
     images = torch.cat([trajectory.images for trajectory in again.batches])
-    stored = [runner.read(tmp_path / f"run/images/{i:06d}.png") for i in range(4)]
+    stored = [read(tmp_path / f"run/images/{i:06d}.png") for i in range(4)]
     assert torch.equal(pixel.to_uint8(images), torch.stack(stored))
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lml.errors import UserError
-from lml.pipelines import find
+from lml.pipelines import find_model
 
 TOY = ["num_images=2", "batch_size=2", "nfe=4", "metrics=none", "threads=1"]
 COMMIT = {"main": "a" * 40, "old": "b" * 40}
@@ -257,7 +257,7 @@ def test_the_hub_is_gone(script, pipelines, prompts, hub, monkeypatch):
 
 def settings(folder: Path, kind: str = "text", **options: object) -> dict:
     config = {"name": "x", "kind": kind, "path": str(folder), "guidance_scale": 1.0, **options}
-    return find(config).settings
+    return find_model(config).settings
 
 
 def copy(folder: Path, to: Path) -> Path:

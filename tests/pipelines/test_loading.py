@@ -9,14 +9,14 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from PIL import Image
 from test_configs import composed
 from torch import nn
 
 from lml.errors import UserError
-from lml.pipelines import find, loading
+from lml.pipelines import find_model, loading
+from lml.pipelines import tiny as tiny_pipelines
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 HALF = [torch.float16, torch.bfloat16]
@@ -66,7 +66,7 @@ def test_group_norms_are_torchs_own_but_on_a_cpu(
 ):
     folder = tiny_model if model == "cifar10" else pipelines / model
     more = ["model.patch=1"] if model == "cifar10" else []
-    found = find(composed(f"model={model}", f"model.path={folder}", *more)["model"])
+    found = find_model(composed(f"model={model}", f"model.path={folder}", *more)["model"])
     check_group_norms(found.sampler(device, dtype, True, False), device, dtype)
     assert set(nowhere) == {device}
 
@@ -74,7 +74,7 @@ def test_group_norms_are_torchs_own_but_on_a_cpu(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_group_norms_are_torchs_own_where_parts_wait_on_a_cpu(pipelines, nowhere, dtype):
     options = [f"model.path={pipelines / 'sdxl'}", "model.cpu_offload=true"]
-    found = find(composed("model=sdxl", *options)["model"])
+    found = find_model(composed("model=sdxl", *options)["model"])
     check_group_norms(found.sampler(CUDA, dtype, True, False), CUDA, dtype)
     assert set(nowhere) == {CUDA}
 
@@ -216,7 +216,7 @@ def test_another_fault_than_the_tokenizers(script, pixart, prompts, tmp_path, se
 def test_offloading_needs_accelerate(pipelines, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     options = [f"model.path={pipelines / 'sd15'}", "model.cpu_offload=true"]
-    found = find(composed("model=sd15", *options)["model"])
+    found = find_model(composed("model=sd15", *options)["model"])
     message = r"^model\.cpu_offload=true: needs accelerate: `pip install -e '\.\[text\]'`$"
     with pytest.raises(UserError, match=message):
         found.sampler(CUDA, torch.float32, False, False)

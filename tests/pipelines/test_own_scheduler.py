@@ -12,18 +12,19 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
+from hub_schedulers import HUB_SCHEDULERS
 from hydra.utils import get_class
 from PIL import Image
 from test_configs import composed as compose
 from test_configs import names
-from tiny_pipelines import FLOW, HUB_SCHEDULERS
 
-from lml import runner
 from lml.errors import UserError
 from lml.pipelines import loading
+from lml.pipelines import tiny as tiny_pipelines
+from lml.pipelines.tiny import FLOW
+from lml.runs.solver import NOISE_SCHEDULE, make_scheduler
 
 composed = functools.cache(compose)  # the same few configs, hundreds of times
 
@@ -52,7 +53,7 @@ def model(folder: Path, stored: dict, has_latents: bool = True) -> SimpleNamespa
 
 
 def made(solver: str, of: SimpleNamespace, *more: str, grid: str = "model"):
-    return runner.make_scheduler(composed(f"solver={solver}", "lml=off", f"grid={grid}", *more), of)
+    return make_scheduler(composed(f"solver={solver}", "lml=off", f"grid={grid}", *more), of)
 
 
 def parent(solver: str) -> type:
@@ -137,7 +138,7 @@ def test_a_class_adds_nothing_to_a_model_but_its_noise_schedule(tmp_path, name, 
     for solver in SOLVERS:
         config = made(solver, of, grid=grid).config
         for option, parameter in inspect.signature(parent(solver)).parameters.items():
-            schedule = option in runner.NOISE_SCHEDULE and option in own
+            schedule = option in NOISE_SCHEDULE and option in own
             expected = own[option].default if schedule else parameter.default
             expected = own_options(solver).get(option, expected)
             assert config[option] == expected, (solver, option)
@@ -224,15 +225,15 @@ def test_images_are_those_of_the_pipeline_with_the_models_own_config(
 @pytest.mark.parametrize("name", sorted(set(tiny_pipelines.PIPELINES) - set(FLOW)))
 def test_no_latents_are_clipped(pipelines, tmp_path, name):
     """Of images without a prompt's help: their numbers go beyond 1 with every solver."""
-    from lml.pipelines import find
+    from lml.pipelines import find_model
 
     folder = Path(shutil.copytree(pipelines / name, tmp_path / name))
     stored = {k: v for k, v in HUB_SCHEDULERS[name].items() if k != "clip_sample"}
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(stored))
     config = composed(f"model={name}", f"model.path={folder}", "prompts=none")
-    found = find(config["model"])
+    found = find_model(config["model"])
     sampler = found.sampler(torch.device("cpu"), torch.float32, False, False)
     for solver in ("ddim", "ipndm", "heun"):
         cfg = composed(f"model={name}", f"solver={solver}", "lml=off")
-        sampler(runner.make_scheduler(cfg, found), 4, [0], ["a cat"])
+        sampler(make_scheduler(cfg, found), 4, [0], ["a cat"])
         assert sampler.latents.abs().max() > 1.5, solver

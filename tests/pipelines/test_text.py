@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import (
     ControlNetModel,
@@ -21,6 +20,7 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from lml import schedulers
+from lml.pipelines import tiny as tiny_pipelines
 
 CONFIGS = Path(__file__).parents[2] / "configs/model"
 TOY = ["num_images=3", "batch_size=2", "nfe=4", "metrics=none", "threads=1", "run_dir=run"]
@@ -40,7 +40,7 @@ def images(folder: Path) -> np.ndarray:
 
 
 def test_every_text_model_of_the_configs_is_tried_here():
-    texts = {f.stem for f in CONFIGS.glob("*.yaml") if "kind: text" in f.read_text()}
+    texts = {f.stem for f in CONFIGS.glob("*.yaml") if "/base/text@_here_" in f.read_text()}
     assert texts == set(MODELS)
 
 

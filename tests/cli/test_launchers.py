@@ -1,7 +1,7 @@
 """Sweeps in other processes: submitit's local one and Ray's, and what they say when a job fails.
 
 Ray's launcher pins another cloudpickle, so it has an environment of its own:
-`pip install -e '.[dev,ray]'` in a fresh one, then `pytest tests/test_launchers.py`.
+`pip install -e '.[dev,ray]'` in a fresh one, then `pytest tests/cli/test_launchers.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HAS_RAY = importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None
 NO_RAY = (
     "hydra-ray-launcher is not here: `pip install -e '.[dev,ray]'` in an environment of its own "
-    "(it pins cloudpickle), then `pytest tests/test_launchers.py`"
+    "(it pins cloudpickle), then `pytest tests/cli/test_launchers.py`"
 )
 LAUNCHERS = [
     "submitit_local",
@@ -34,7 +34,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 
-from lml.cli import main
+from lml.cli.main import main
 
 class Unpicklable(Exception):
     def __init__(self, first, second):

@@ -1,4 +1,4 @@
-"""What scripts share: one line per error, sweeps that go on, interruptions, loggers."""
+"""What scripts share: one line per error, sweeps that go on, interruptions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lml import cli, runner, tracking
+from lml.cli.main import main
+from lml.cli.values import PATHS
+from lml.configs import CONFIGS
 from lml.data.assets import ROOT
-from lml.errors import UserError
+from lml.errors import UserError, say
+from lml.runs import sample
+from lml.runs.store import RunFolder
 
 
 @pytest.fixture
@@ -28,14 +29,14 @@ def crash(monkeypatch):
     """Makes the run fail with this exception."""
 
     def arm(error: BaseException, when=lambda cfg: True) -> None:
-        run = runner.run
+        run = sample.run
 
         def failing(cfg, observer=None):
             if when(cfg):
                 raise error
             return run(cfg, observer)
 
-        monkeypatch.setattr(runner, "run", failing)
+        monkeypatch.setattr("lml.runs.sample.run", failing)
 
     return arm
 
@@ -84,10 +85,10 @@ def test_help_shows_groups_and_keys(script):
 
 
 def test_lines_name_the_rank(monkeypatch, capfd):
-    cli.say("a")
+    say("a")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    cli.say("b")
+    say("b")
     assert capfd.readouterr().err == "a\n[rank 1] b\n"
 
 
@@ -100,7 +101,9 @@ def test_an_error_that_the_first_process_tells_is_not_told_again(script, toy, cr
 
 
 def test_interrupted_outside_of_sampling(script, toy, monkeypatch):
-    monkeypatch.setattr(runner, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "lml.runs.sample.evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     arguments = ["metrics=convergence", "metrics.convergence.reference=x"]
     outcome = script("sample", *toy, *arguments)
     assert (outcome.code, outcome.err) == (143, "interrupted\n")
@@ -113,19 +116,19 @@ def test_an_error_is_told_even_when_its_way_out_is_cut_short(script, toy, monkey
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr("lml.runs.sample.run", run)
     outcome = script("sample", *toy)
     assert (outcome.code, outcome.err) == (143, "nfe=0: what went wrong\n")
 
 
 def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monkeypatch):
-    write_manifest = runner.RunFolder.write_manifest
+    write_manifest = RunFolder.write_manifest
 
     def impatient(self, *args, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return write_manifest(self, *args, **options)
 
-    monkeypatch.setattr(runner.RunFolder, "write_manifest", impatient)
+    monkeypatch.setattr(RunFolder, "write_manifest", impatient)
     outcome = script("sample", *toy, "run_dir=run")
     assert outcome.code == 130 and "interrupted: 10 of 10 images stored" in outcome.err
     assert (tmp_path / "run/manifest.json").exists()
@@ -155,7 +158,7 @@ def composed(monkeypatch, tmp_path, script):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as end:
-            cli.main(name)(lambda cfg: seen.append(OmegaConf.to_container(cfg)))()
+            main(name)(lambda cfg: seen.append(OmegaConf.to_container(cfg)))()
         assert end.value.code == 0
         return seen
 
@@ -320,11 +323,11 @@ def test_what_reads_as_no_text_is_no_path(script, composed, value):
 def test_every_key_of_a_path_is_one_of_those():
     """By what the configs say of their keys."""
     about = re.compile(r"^ *(\w+):.*#.*\b(folder|file|path|FOLDER|FILE)\b", re.M)
-    texts = [file.read_text() for file in cli.CONFIGS.rglob("*.yaml")]
+    texts = [file.read_text() for file in CONFIGS.rglob("*.yaml")]
     found = {match[1] for text in texts for match in about.finditer(text)}
     # what is said of files that another key gives; `model` is one of a metric alone
     others = {"hub_id", "model", "name", "overwrite", "scheduler"}
-    assert {key for key in found if not cli.PATHS.fullmatch(key)} == others
+    assert {key for key in found if not PATHS.fullmatch(key)} == others
 
 
 def test_the_home_folder_is_where_runs_and_scores_are(script, toy, tmp_path, monkeypatch):
@@ -343,255 +346,6 @@ def test_a_text_with_a_tilde_that_is_no_path_stays(composed, monkeypatch):
     arguments = ["model=sd15", 'model.negative_prompt="~/x"', 'name="~/x"']
     (cfg,) = composed("sample", *arguments)
     assert cfg["model"]["negative_prompt"] == cfg["name"] == "~/x"
-
-
-# --- Weights & Biases --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def wandb(monkeypatch, tmp_path):
-    module = pytest.importorskip("wandb")
-    for variable in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking.WandbLogger, "is_unreachable", False)
-    module.teardown()  # it reads its variables once
-    yield module
-    module.teardown()
-
-
-@pytest.fixture
-def started(script, toy, wandb, monkeypatch):
-    """`started(*arguments)`: the settings that W&B starts with, before it would connect."""
-
-    def start(*arguments: str):
-        seen = []
-
-        def init(settings, config, **given):
-            names = {"group": "run_group", "name": "run_name", "tags": "run_tags"}
-            merged = wandb.setup().settings.model_copy()
-            for key, value in given.items():
-                if value is not None:
-                    value = tuple(value) if key == "tags" else value
-                    setattr(settings, names.get(key, key), value)
-            merged.update_from_settings(settings)
-            seen.append(merged)
-            return SimpleNamespace(log=print, finish=lambda exit_code: None)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(wandb, "init", init)
-            outcome = script("sample", *toy, "logger=wandb", "run_dir=run", *arguments)
-        assert outcome.code == 0
-        return seen[0] if seen else outcome.err
-
-    return start
-
-
-def test_wandb_is_offline_without_a_key_and_always_finished(
-    script, toy, tmp_path, wandb, monkeypatch
-):
-    codes = []
-    finish = wandb.Run.finish
-    monkeypatch.setattr(
-        wandb.Run,
-        "finish",
-        lambda self, exit_code=None: codes.append(exit_code) or finish(self, exit_code),
-    )
-    outcome = script("sample", *toy, "logger=wandb", "run_dir=run")
-    assert (outcome.code, outcome.err) == (0, "")
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert list(run.glob("*.wandb"))
-    outcome = script("sample", *toy, "logger=wandb", "nfe=5", "run_dir=run")
-    assert outcome.code == 2 and codes == [0, 1] and wandb.run is None
-
-
-@pytest.mark.parametrize("broken", ["init", "log", "finish"])
-def test_a_wandb_that_fails_is_one_warning(script, toy, tmp_path, wandb, monkeypatch, broken):
-    class Run:
-        def __getattr__(self, name):
-            def call(*args, **kwargs):
-                if name == broken:
-                    raise RuntimeError("no network\nat all")
-
-            return call
-
-    def init(**kwargs):
-        if broken == "init":
-            raise RuntimeError("no network\nat all")
-        return Run()
-
-    monkeypatch.setattr(wandb, "init", init)
-    outcome = script("sample", *toy, "logger=wandb", "run_dir=run")
-    assert outcome.code == 0
-    assert outcome.err == "logger=wandb: no network; the run goes on without it\n"
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["complete"]
-
-
-@pytest.mark.parametrize("error", [SystemExit(3), ImportError("No module"), OSError("broken")])
-@pytest.mark.parametrize("broken", ["Image", "Settings", "init"])
-def test_nothing_in_wandb_stops_a_run(script, toy, tmp_path, wandb, monkeypatch, broken, error):
-    def fail(*args: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(wandb, broken, fail)
-    outcome = script("sample", *toy, "logger=wandb", "run_dir=run")
-    assert outcome.code == 0
-    assert outcome.err == f"logger=wandb: {error}; the run goes on without it\n"
-
-
-def test_a_wandb_that_is_not_installed_is_one_warning(script, toy, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    outcome = script("sample", *toy, "logger=wandb", "run_dir=run")
-    assert outcome.code == 0 and outcome.err.count("\n") == 1
-    assert re.match(r"logger=wandb: .*wandb.*; the run goes on without it", outcome.err)
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["complete"]
-
-
-@pytest.mark.parametrize("mode", ["auto", "online"])
-def test_a_server_that_does_not_answer_is_told_once(
-    script, toy, tmp_path, wandb, monkeypatch, mode
-):
-    """Every run of a sweep would wait for it."""
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    arguments = [*toy, "logger=wandb", f"logger.mode={mode}", "name=study", "seed=0,100,200"]
-    start = time.monotonic()
-    outcome = script("sample", "-m", *arguments)
-    lines = [line for line in outcome.err.splitlines() if not line.startswith("wandb: ")]
-    assert outcome.code == 0 and len(lines) == 1, outcome.err
-    assert re.match(r"logger=wandb: .*; runs are logged offline from now on", lines[0])
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
-    assert time.monotonic() - start < 20
-    outcome = script("sample", *toy, "logger=wandb", "logger.mode=disabled", "run_dir=run")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
-
-
-# All that the installed W&B knows, those with a key would be "online" without the variable.
-@pytest.mark.parametrize("mode", ["online", "offline", "shared", "disabled", "dryrun", "run"])
-@pytest.mark.parametrize("key", ["", "a" * 40])
-def test_the_variable_of_wandbs_mode_wins_over_auto(started, monkeypatch, mode, key):
-    monkeypatch.setenv("WANDB_MODE", mode)
-    if key:
-        monkeypatch.setenv("WANDB_API_KEY", key)
-    assert started().mode == mode
-
-
-def test_wandbs_mode_in_the_config_wins_over_the_variable(started, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert started("logger.mode=offline").mode == "offline"
-
-
-def test_the_mode_that_wandb_was_put_into_wins_over_auto(started, tmp_path, monkeypatch):
-    """As `wandb offline` writes it."""
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb/settings").write_text("[default]\nmode = offline\n")
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    assert started().mode == "offline"
-
-
-def with_key(folder: Path) -> dict[str, str]:
-    return {"WANDB_API_KEY": "a" * 40}
-
-
-def with_netrc(folder: Path) -> dict[str, str]:
-    (folder / ".netrc").touch(0o644)  # which Python's netrc would not read, and W&B does
-    (folder / ".netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
-    return {}
-
-
-def with_another_netrc(folder: Path) -> dict[str, str]:
-    (folder / "keys").write_text("machine api.wandb.ai login user password " + "a" * 40)
-    return {"NETRC": str(folder / "keys")}
-
-
-def with_a_server(folder: Path) -> dict[str, str]:
-    (folder / ".netrc").write_text("machine logs.example.org login user password " + "a" * 40)
-    return {"WANDB_BASE_URL": "https://logs.example.org"}
-
-
-def with_a_token(folder: Path) -> dict[str, str]:
-    (folder / "token").write_text("token")
-    return {"WANDB_IDENTITY_TOKEN_FILE": str(folder / "token")}
-
-
-def with_anothers_key(folder: Path) -> dict[str, str]:
-    (folder / ".netrc").write_text("machine github.com login user password " + "a" * 40)
-    return {}
-
-
-@pytest.mark.parametrize(
-    ("give", "mode"),
-    [
-        (lambda folder: {}, "offline"),
-        (with_key, "online"),
-        (with_netrc, "online"),
-        (with_another_netrc, "online"),
-        (with_a_server, "online"),
-        (with_a_token, "online"),
-        (with_anothers_key, "offline"),
-    ],
-)
-def test_auto_is_online_where_there_is_a_key(started, tmp_path, monkeypatch, give, mode):
-    for variable, value in give(tmp_path).items():
-        monkeypatch.setenv(variable, value)
-    assert started().mode == mode
-
-
-def test_other_variables_of_wandb_win_over_our_defaults(started, monkeypatch):
-    plain = started()
-    assert (plain.project, plain.run_name, plain.init_timeout) == ("lml", "cifar10-dpmsolverpp", 30)
-    variables = {"PROJECT": "p", "NAME": "n", "TAGS": "a,b", "RUN_GROUP": "g", "ENTITY": "e"}
-    for name, value in {**variables, "INIT_TIMEOUT": "5", "SILENT": "false"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    sys.modules["wandb"].teardown()
-    theirs = started()
-    assert (theirs.project, theirs.run_name, theirs.run_tags) == ("p", "n", ("a", "b"))
-    assert (theirs.run_group, theirs.entity) == ("g", "e")
-    assert (theirs.init_timeout, theirs.silent) == (5, False)
-    given = started("logger.project=q", "logger.tags=[c]", "logger.group=h", "logger.entity=f")
-    assert (given.project, given.run_tags, given.run_group, given.entity) == ("q", ("c",), "h", "f")
-
-
-@pytest.mark.parametrize("where", ["variable", "config"])
-def test_a_mode_that_wandb_does_not_know_is_one_warning(script, toy, wandb, monkeypatch, where):
-    arguments = ["logger.mode=ofline"] if where == "config" else []
-    if where == "variable":
-        monkeypatch.setenv("WANDB_MODE", "ofline")
-    outcome = script("sample", *toy, "logger=wandb", *arguments)
-    assert outcome.code == 0 and outcome.err.count("\n") == 1
-    assert re.match(r"logger=wandb: mode=ofline: .*offline.*; the run goes on", outcome.err)
-
-
-def test_wandb_disabled_by_its_variable_writes_nothing(script, toy, tmp_path, wandb, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    outcome = script("sample", *toy, "logger=wandb")
-    assert (outcome.code, outcome.err) == (0, "") and not list(tmp_path.glob("wandb/*run-*"))
-
-
-def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch, capfd):
-    monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
-    progress = tracking.Progress(10)
-    for _ in range(5):
-        progress.update(2)
-    progress.close()
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 4 and lines[0].startswith("2 of 10 images, ") and " left" in lines[0]
-
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    progress = tracking.Progress(10)
-    progress.update(10)
-    progress.close()
-    err = capfd.readouterr().err
-    assert "10/10" in err and "image/s" in err
-    progress = tracking.Progress(10, show=False)
-    progress.update(10)
-    progress.close()
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "scripts").glob("*.py")), ids=lambda f: f.stem)

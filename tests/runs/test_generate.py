@@ -21,10 +21,15 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from lml import runner
+from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.pipelines import pixel
-from lml.store import Writer
+from lml.runs import plan, sampling
+from lml.runs.records import read_config
+from lml.runs.score import is_finished
+from lml.runs.solver import find_steps, make_scheduler
+from lml.runs.store import RunFolder
+from lml.runs.writer import Writer
 
 FILES = {"config.yaml", "grid.png", "images", "manifest.json", "timing.json"}
 
@@ -93,7 +98,7 @@ def test_an_image_is_the_loop_written_out(finished, tiny_model):
     """The first block by hand: seeds, noise, a diffusers solver of its own, rounding."""
     from lml.schedulers import LMLDPMSolverMultistepScheduler
 
-    model = pixel.find({"name": "tiny", "path": str(tiny_model), "patch": 1})
+    model = pixel.find_pixel_model({"name": "tiny", "path": str(tiny_model), "patch": 1})
     network = model.load(torch.device("cpu"), torch.float32)
     scheduler = LMLDPMSolverMultistepScheduler(
         beta_start=1e-4,
@@ -120,7 +125,7 @@ def test_an_image_is_the_loop_written_out(finished, tiny_model):
 def test_a_complete_run_calls_no_network_and_changes_nothing(script, toy, finished, monkeypatch):
     calls = evaluations(monkeypatch)
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    monkeypatch.setattr(runner.RunFolder, "holds", None)  # the manifest is enough
+    monkeypatch.setattr(RunFolder, "holds", None)  # the manifest is enough
     outcome = script("sample", *toy, "run_dir=finished")
     assert (outcome.code, outcome.err, calls) == (0, "", [])
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
@@ -318,11 +323,11 @@ def scheduler(solver: str, grid: str = "default"):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(runner.ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("sample", [f"solver={solver}", "lml=off", "model=gaussian", f"grid={grid}"])
     cfg = OmegaConf.to_container(cfg, resolve=True)
     cfg["model"]["scheduler"] = {"_target_": "diffusers.DDPMScheduler"}
-    return runner.make_scheduler(cfg, pixel.find(cfg["model"]))
+    return make_scheduler(cfg, pixel.find_pixel_model(cfg["model"]))
 
 
 REACHABLE = {"heun": range(1, 40, 2), "pndm": [1, *range(3, 40)]}
@@ -331,8 +336,7 @@ REACHABLE = {"heun": range(1, 40, 2), "pndm": [1, *range(3, 40)]}
 @pytest.mark.parametrize(
     "solver",
     sorted(
-        {f.stem for f in (runner.ROOT / "configs/solver").iterdir()}
-        - {"ipndm_diffusers", "flow_euler"}
+        {f.stem for f in (ROOT / "configs/solver").iterdir()} - {"ipndm_diffusers", "flow_euler"}
     ),
 )
 def test_nfe_is_met_exactly_or_refused_with_the_nearest(solver):
@@ -340,7 +344,7 @@ def test_nfe_is_met_exactly_or_refused_with_the_nearest(solver):
     for nfe in range(1, 25):
         reachable = REACHABLE.get(solver, range(1, 40))
         if nfe in reachable:
-            steps = runner.find_steps(made, nfe, solver)
+            steps = find_steps(made, nfe, solver)
             made.set_timesteps(steps)
             assert len(made.timesteps) == nfe
         else:
@@ -349,7 +353,7 @@ def test_nfe_is_met_exactly_or_refused_with_the_nearest(solver):
             with pytest.raises(
                 UserError, match=f"^nfe={nfe}: {solver} can make {below} or {above}$"
             ):
-                runner.find_steps(made, nfe, solver)
+                find_steps(made, nfe, solver)
 
 
 def test_the_models_schedule_is_taken_and_its_grid_is_not():
@@ -439,10 +443,10 @@ def test_the_solver_of_a_reference_is_what_the_command_line_makes_of_its_name(
     outcome = script(tool, *run, "metrics=convergence", *options)
     assert (outcome.code, outcome.err) == (0, "")
     (reference,) = (tmp_path / "outputs/reference").iterdir()
-    made = runner.read_config(reference)
+    made = read_config(reference)
     fine = [*toy, f"solver={solver}", "nfe=8", "lml=off", "run_dir=fine"]
     assert script("sample", *fine).code == 0
-    asked = runner.read_config(tmp_path / "fine")
+    asked = read_config(tmp_path / "fine")
     assert made["solver"] == asked["solver"] and made["settings"] == asked["settings"]
 
 
@@ -592,17 +596,17 @@ def test_no_tool_writes_among_a_runs_files(script, finished, tool, arguments):
 
 
 def raise_version(monkeypatch):
-    monkeypatch.setattr(runner, "METHOD_VERSION", runner.METHOD_VERSION + 1)
+    monkeypatch.setattr(plan, "METHOD_VERSION", plan.METHOD_VERSION + 1)
 
 
 def forget_version(monkeypatch):
     """A run as it was named before there were versions."""
-    determine = runner.determine
+    determine = plan.determine
 
     def older(*args):
         return {k: v for k, v in determine(*args).items() if k != "method_version"}
 
-    monkeypatch.setattr(runner, "determine", older)
+    monkeypatch.setattr(plan, "determine", older)
 
 
 @pytest.mark.parametrize("change", [raise_version, forget_version])
@@ -724,17 +728,17 @@ def test_a_score_of_other_options_is_not_the_one_that_is_asked_for(script, toy, 
     asked = ["metrics=convergence", "metrics.convergence.nfe=6"]
     assert script("sample", *toy, *asked, "run_dir=run").code == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    folder = runner.RunFolder(tmp_path / "run", runner.read_config("run")["settings"])
-    config = runner.read_config("run")["metrics"]
-    assert runner.is_finished(folder, config)
+    folder = RunFolder(tmp_path / "run", read_config("run")["settings"])
+    config = read_config("run")["metrics"]
+    assert is_finished(folder, config)
     assert script("evaluate", "run_dir=run", *asked, "threads=1").code == 0
     again = json.loads((tmp_path / "run/metrics.json").read_text())
     again["convergence"]["seconds"] = metrics["convergence"]["seconds"]
     again["convergence"]["seal"] = metrics["convergence"]["seal"]
-    assert again == metrics and runner.is_finished(folder, config)
+    assert again == metrics and is_finished(folder, config)
     other = ["metrics=convergence", "metrics.convergence.nfe=8"]
     assert script("evaluate", "run_dir=run", *other, "threads=1").code == 0
-    assert not runner.is_finished(folder, config)
+    assert not is_finished(folder, config)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler on the path")
@@ -756,12 +760,12 @@ def test_runs_of_a_sweep_share_the_network(script, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(
         pixel.PixelModel, "load", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs)
     )
-    runner._loaded.clear()
+    sampling._loaded.clear()
     assert script("sample", "-m", *toy, "seed=0,1", "name=sweep").code == 0
     assert len(loads) == 1
     timings = [json.loads(f.read_text()) for f in tmp_path.glob("outputs/sweep/*/timing.json")]
     assert [timing["evaluations_per_image"] for timing in timings] == [4, 4]
-    assert not runner._loaded[next(iter(runner._loaded))].network._forward_hooks
+    assert not sampling._loaded[next(iter(sampling._loaded))].network._forward_hooks
     assert script("sample", *toy, "dtype=bfloat16", "name=other").code == 0
     assert len(loads) == 2
 
@@ -773,9 +777,9 @@ def test_images_of_another_size(script, toy, tmp_path):
     runs = list((tmp_path / "outputs/cifar10-dpmsolverpp").iterdir())
     sizes = [Image.open(run / "images/000000.png").size for run in runs]
     assert sorted(sizes) == [(8, 8), (16, 16)]
-    embedded = pixel.find(
+    embedded = pixel.find_pixel_model(
         {"name": "cifar10", "path": "assets/cifar10", "patch": 1, "sample_size": 64}
     )
     assert pixel.size(embedded.load(torch.device("cpu"), torch.float32)) == (64, 64)
     with pytest.raises(UserError, match=r"model\.sample_size=68: null, or a multiple of 8"):
-        pixel.find({**embedded.config, "sample_size": 68})
+        pixel.find_pixel_model({**embedded.config, "sample_size": 68})

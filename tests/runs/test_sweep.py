@@ -18,10 +18,19 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
-from lml import cli, configs, runner, sweep
+from lml import configs
+from lml.cli import hydra_sweeps
+from lml.cli.messages import explain
+from lml.cli.values import complete
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.pipelines import find
+from lml.pipelines import find_model
+from lml.runs import plan as planning
+from lml.runs import sample
+from lml.runs.progress import Progress
+from lml.runs.sweep import Sweep
+from lml.runs.sweep.objective import find_objective, read_objective
+from lml.runs.worker import Worker
 
 TOY = [
     "-m",
@@ -53,13 +62,13 @@ def runs(tmp_path: Path) -> set[str]:
 def made(monkeypatch) -> list[dict]:
     """The configs of the cells that are run from now on."""
     configs = []
-    run = runner.run
+    run = sample.run
 
     def counting(cfg, observer=None):
         configs.append(OmegaConf.to_container(cfg, resolve=True))
         return run(cfg, observer)
 
-    monkeypatch.setattr(runner, "run", counting)
+    monkeypatch.setattr("lml.runs.sample.run", counting)
     return configs
 
 
@@ -194,16 +203,16 @@ def test_nothing_is_chosen_by_a_score_without_its_seal(script, tmp_path, harm):
     assert script("sample", *TOY, *SCORED, "nfe=3").code == 0
     (run,) = (path.parent for path in tmp_path.glob("outputs/study/*/metrics.json"))
     cfg = {"sweep": {"objective": "convergence/rmse"}, "metrics": {"convergence": {}}}
-    assert sweep.read_objective(cfg, run) > 0.001
+    assert read_objective(cfg, run) > 0.001
     harm(run)
     with pytest.raises(UserError, match=r"metrics\.json: convergence (has no|was edited)"):
-        sweep.read_objective(cfg, run)
+        read_objective(cfg, run)
 
 
 def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, monkeypatch):
     measured = []
-    measure = runner.Share.measure
-    monkeypatch.setattr(runner.Share, "measure", lambda share: measured.append(1) or measure(share))
+    measure = Worker.measure
+    monkeypatch.setattr(Worker, "measure", lambda self: measured.append(1) or measure(self))
     outcome = script("sample", *TOY, "nfe=4,6")
     pattern = r"study: 2 cells; to make: 12 images, 60 evaluations, about \d+ s at [\d,]+ eval"
     assert re.match(pattern, outcome.out) and len(measured) == 1
@@ -232,13 +241,13 @@ def test_cells_are_planned_with_a_bar_and_composed_once_a_choice_of_groups(
         composed.append(overrides)
         return compose_cell(self, config, overrides)
 
-    class Bar(sweep.Progress):
+    class Bar(Progress):
         def __init__(self, total, show, unit):
             super().__init__(total, show, unit)
             shown.append((self, show))
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counting)
-    monkeypatch.setattr(sweep, "Progress", Bar)
+    monkeypatch.setattr("lml.runs.sweep.Progress", Bar)
     axes = ["solver=ddim,unipc", "nfe=range(2,12)", "lml.damping=1,2,3,4,5", "seed=0,100"]
     outcome = script("sample", *TOY, *axes, "device=tpu")
     assert "200 cells, 200 refused; nothing to make" in outcome.out
@@ -267,11 +276,11 @@ def test_a_cell_is_what_hydra_makes_of_its_overrides(script, monkeypatch):
     seen = []
 
     def compare(self, config, loader, failed):
-        composer = cli._Composer(config, loader)
+        composer = hydra_sweeps._Composer(config, loader)
         for overrides in [*OVERRIDES, *OVERRIDES]:
             cfg = loader.load_sweep_config(config, overrides)
             cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-            cli.complete(cfg, "sample")
+            complete(cfg, "sample")
             assert composer(overrides) == OmegaConf.to_container(cfg, resolve=True), overrides
             seen.append(overrides)
         for wrong in (["lml.dampin=3"], ["solver=dimm"], ["nfe.x=3"], ["~nf"], ["+nfe=3"]):
@@ -279,10 +288,10 @@ def test_a_cell_is_what_hydra_makes_of_its_overrides(script, monkeypatch):
                 loader.load_sweep_config(config, wrong)
             with pytest.raises(type(theirs.value)) as ours:
                 composer(wrong)
-            assert cli.explain(ours.value) == cli.explain(theirs.value)
+            assert explain(ours.value) == explain(theirs.value)
         raise UserError("enough")
 
-    monkeypatch.setattr(cli._Sweeper, "__init__", compare)
+    monkeypatch.setattr(hydra_sweeps._Sweeper, "__init__", compare)
     outcome = script("sample", "-m", "seed=1,2", "num_images=3")
     assert (outcome.code, outcome.err, len(seen)) == (2, "enough\n", 2 * len(OVERRIDES))
 
@@ -300,14 +309,14 @@ def test_every_name_has_its_own_file(script, tmp_path):
 
 def test_failed_cells_are_listed_and_made_by_the_same_command(script, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        run = runner.run
+        run = sample.run
 
         def failing(cfg, observer=None):
             if cfg.nfe == 4:
                 raise UserError("disk=full: of what it is full")
             return run(cfg, observer)
 
-        patch.setattr(runner, "run", failing)
+        patch.setattr("lml.runs.sample.run", failing)
         outcome = script("sample", *TOY, "nfe=4,5", "lml=off")
         assert outcome.code == 2
         first, head, line = outcome.err.splitlines()
@@ -379,14 +388,14 @@ def test_a_second_sweep_is_refused_and_a_killed_one_is_completed(script, spawn, 
 
 
 def test_interrupted_it_keeps_what_is_done(script, tmp_path, monkeypatch):
-    run = runner.run
+    run = sample.run
 
     def interrupted(cfg, observer=None):
         if cfg.seed == 100:
             os.kill(os.getpid(), signal.SIGINT)
         return run(cfg, observer)
 
-    monkeypatch.setattr(runner, "run", interrupted)
+    monkeypatch.setattr("lml.runs.sample.run", interrupted)
     outcome = script("sample", *TOY, "seed=0,100,200")
     assert (outcome.code, outcome.err) == (130, "interrupted\n")
     assert statuses(tmp_path) == ["done", "missing", "missing"]
@@ -436,7 +445,7 @@ def test_a_study_has_a_protocol_and_another_can_be_chosen():
 def test_an_axis_on_the_command_line_wins_over_the_protocols(script, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        sweep.Sweep, "launch", lambda self, overrides, make: asked.extend(overrides) or []
+        Sweep, "launch", lambda self, overrides, make: asked.extend(overrides) or []
     )
     arguments = ["experiment=table1_cifar10", "protocol=full", "solver=deis", "nfe=8", "lml=off"]
     assert script("sample", "-m", *arguments).code == 0
@@ -452,7 +461,7 @@ def test_the_runs_of_a_table_are_found():
     """What the committed table was made of has the hash that its cell has today."""
     cell = ["experiment=calibrated_cifar10", "lml=off", "solver=ddim", "nfe=5", "seed=0"]
     cfg = composed(*cell, "grid=default", "batch_size=500", "compile=false")
-    planned = runner.plan(cfg, find(cfg["model"]), None)
+    planned = planning.plan(cfg, find_model(cfg["model"]), None)
     (run,) = {  # of all metrics
         row["run"]
         for row in csv.DictReader((ROOT / "experiments/calibrated_cifar10/results.csv").open())
@@ -511,8 +520,7 @@ def test_the_best_is_that_of_the_mean_over_the_seeds(script, monkeypatch):
     """Not that of the luckiest seed, which is damping 1's first."""
     values = {(1, 0): 0.0, (1, 100): 10.0, (16, 0): 3.0, (16, 100): 3.0}
     monkeypatch.setattr(
-        sweep,
-        "read_objective",
+        "lml.runs.sweep.objective.read_objective",
         lambda cfg, folder: values.get((cfg["lml"]["damping"], cfg["seed"]), 7.0),
     )
     arguments = ["sweep=damping_rank", "sweep.objective=convergence/rmse", "sweep.num_images=2"]
@@ -523,7 +531,7 @@ def test_the_best_is_that_of_the_mean_over_the_seeds(script, monkeypatch):
 
 def test_optuna_searches_and_finds_again(script, tmp_path, made, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="NOT TESTED: no optuna extra")
-    plan = runner.plan
+    plan = planning.plan
     refused = []
 
     def refusing(cfg, *args):
@@ -532,7 +540,7 @@ def test_optuna_searches_and_finds_again(script, tmp_path, made, monkeypatch):
             raise UserError("lml.damping: too small for this test")
         return plan(cfg, *args)
 
-    monkeypatch.setattr(runner, "plan", refusing)
+    monkeypatch.setattr("lml.runs.sweep.plan", refusing)
     arguments = ["sweep=optuna", "sweep.objective=convergence/cosine", "sweep.num_images=8"]
     arguments.append("hydra.sweeper.n_trials=6")
     outcome = script("sample", *SEARCH, *arguments)
@@ -587,7 +595,7 @@ def test_a_search_that_is_not_clear(script, tmp_path, arguments, line):
 
 def test_objectives_of_metrics():
     def objective(metrics, asked=None):
-        return sweep.find_objective({"sweep": {"objective": asked}, "metrics": metrics})
+        return find_objective({"sweep": {"objective": asked}, "metrics": metrics})
 
     def of(*names):
         return {name: configs.compose(f"+metrics={name}").metrics[name] for name in names}

@@ -13,11 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from lml import files, store
-from lml.errors import UserError
-from lml.store import RunError, RunFolder, Writer
+from lml import files
+from lml.errors import RunError, UserError
+from lml.files import file_hash, read_json, write_json
+from lml.runs import records, store
+from lml.runs.names import image_index, image_name
+from lml.runs.records import WRITTEN, check_output, merge_metrics, read_config
+from lml.runs.store import APART, RunFolder
+from lml.runs.writer import Writer
+from lml.seals import settings_hash
 
 SETTINGS = {"nfe": 10, "solver": {"name": "ddim", "order": 3}, "seed": 0}
 
@@ -36,7 +42,7 @@ def make(path: Path, count: int = 4, settings: dict = SETTINGS) -> RunFolder:
 
 def test_the_hash_sees_values_and_nothing_else():
     same = {"seed": 0.0, "solver": {"order": 3, "name": "ddim"}, "nfe": 10}
-    assert store.settings_hash(SETTINGS) == store.settings_hash(same)
+    assert settings_hash(SETTINGS) == settings_hash(same)
     others = [
         {**SETTINGS, "nfe": 11},
         {**SETTINGS, "nfe": "10"},
@@ -45,7 +51,7 @@ def test_the_hash_sees_values_and_nothing_else():
         {**SETTINGS, "solver": {"name": "ddim", "order": 3.5}},
         {**SETTINGS, "more": None},
     ]
-    assert len({store.settings_hash(s) for s in [SETTINGS, *others]}) == 1 + len(others)
+    assert len({settings_hash(s) for s in [SETTINGS, *others]}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -79,7 +85,7 @@ def repaint(folder: RunFolder, path: Path) -> None:
         text = image.text
         array = np.asarray(image).copy()
     array[0, 0, 0] ^= 1
-    info = store.PngImagePlugin.PngInfo()
+    info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
     Image.fromarray(array).save(path, pnginfo=info)
@@ -121,8 +127,8 @@ def test_the_manifest_says_what_is_there(tmp_path):
     assert folder.write_manifest(6) == 4
     manifest = folder.read_manifest()
     assert (manifest["complete"], manifest["count"], manifest["num_images"]) == (False, 4, 6)
-    assert manifest["images"]["000001.png"] == store.file_hash(folder.image_path(1))
-    assert manifest["config_sha256"] == store.file_hash(tmp_path / "config.yaml")
+    assert manifest["images"]["000001.png"] == file_hash(folder.image_path(1))
+    assert manifest["config_sha256"] == file_hash(tmp_path / "config.yaml")
     folder.write_manifest(4)
     assert folder.read_manifest()["complete"] is True
     other = RunFolder(tmp_path, {**SETTINGS, "nfe": 11})
@@ -142,7 +148,7 @@ def test_overwriting_removes_what_a_run_of_the_same_settings_wrote(tmp_path):
     folder = make(tmp_path)
     folder.write_manifest(4)
     folder.close()
-    for name in (*store.WRITTEN, store.APART, "notes.txt"):
+    for name in (*WRITTEN, APART, "notes.txt"):
         (tmp_path / name).write_text("{}")
     again = RunFolder(tmp_path, SETTINGS)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -152,7 +158,7 @@ def test_overwriting_removes_what_a_run_of_the_same_settings_wrote(tmp_path):
     again.begin()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".lock", "config.yaml", "notes.txt"]
-    assert store.read_config(tmp_path)["device"] == "another"
+    assert read_config(tmp_path)["device"] == "another"
 
 
 @pytest.mark.parametrize("name", ["images", "images/new", "latents/new", "config.yaml", "grid.png"])
@@ -160,12 +166,12 @@ def test_nothing_is_written_among_a_runs_own_files(tmp_path, name):
     make(tmp_path / "run").close()
     path = tmp_path / "run" / name
     with pytest.raises(UserError, match=f"^out={path}: among the files of the run in .*/run; "):
-        store.check_output(path, "out")
+        check_output(path, "out")
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with pytest.raises(UserError):
-        store.check_output(tmp_path / "link" / name, "out")
+        check_output(tmp_path / "link" / name, "out")
     for other in ("run", "run/scores.json", "other/images/scores.json", f"other/{name}"):
-        store.check_output(tmp_path / other, "out")
+        check_output(tmp_path / other, "out")
 
 
 def test_other_settings_are_refused_by_name_and_overwritten_on_demand(tmp_path):
@@ -187,7 +193,7 @@ def test_other_settings_are_refused_by_name_and_overwritten_on_demand(tmp_path):
     other.begin()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".lock", "config.yaml", "images/mine.png", "notes.txt"]
-    assert store.read_config(tmp_path)["settings"]["nfe"] == 20
+    assert read_config(tmp_path)["settings"]["nfe"] == 20
 
 
 @pytest.mark.parametrize("config", [None, "a: 1\n", "settings: 3\n", ": ["])
@@ -238,11 +244,11 @@ class HalfWritten(io.FileIO):
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
     folder = make(tmp_path, 2)
-    store.write_json(tmp_path / "metrics.json", {"a": {"value": 1}})
+    write_json(tmp_path / "metrics.json", {"a": {"value": 1}})
     before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     monkeypatch.setattr(files, "open", HalfWritten, raising=False)
     with pytest.raises(RunError, match="No space left on device") as error:
-        store.merge_metrics(tmp_path / "metrics.json", {"b": {"value": 2}}, f"run_dir={tmp_path}")
+        merge_metrics(tmp_path / "metrics.json", {"b": {"value": 2}}, f"run_dir={tmp_path}")
     assert str(error.value).startswith(f"run_dir={tmp_path}") and "\n" not in str(error.value)
     with pytest.raises(RunError, match="No space left"), Writer(folder) as writer:
         writer.submit((i, pixels(i)) for i in (1, 2))
@@ -270,12 +276,12 @@ def test_a_disk_that_really_is_full(tmp_path):
 def test_metrics_are_merged(tmp_path):
     path = tmp_path / "metrics.json"
     one, two = {"value": 1}, {"value": {"mean": 2.0}}
-    store.merge_metrics(path, {"a": one, "b": one}, "out=x")
-    store.merge_metrics(path, {"b": two}, "out=x")
-    assert store.read_json(path) == {"a": one, "b": two}
+    merge_metrics(path, {"a": one, "b": one}, "out=x")
+    merge_metrics(path, {"b": two}, "out=x")
+    assert read_json(path) == {"a": one, "b": two}
     path.write_text("{}")
-    store.merge_metrics(path, {"c": two}, "out=x")
-    assert store.read_json(path) == {"c": two}
+    merge_metrics(path, {"c": two}, "out=x")
+    assert read_json(path) == {"c": two}
 
 
 NO_METRICS = [
@@ -295,7 +301,7 @@ def test_what_is_no_file_of_metrics_is_not_replaced(tmp_path, content):
     path = tmp_path / "metrics.json"
     path.write_bytes(content.encode("latin1"))
     with pytest.raises(UserError, match=r"^out=x: not a file of metrics \(.*\); mend it") as error:
-        store.merge_metrics(path, {"a": {"value": 1}}, "out=x")
+        merge_metrics(path, {"a": {"value": 1}}, "out=x")
     assert "\n" not in str(error.value) and path.read_bytes() == content.encode("latin1")
 
 
@@ -303,14 +309,14 @@ def test_processes_that_add_scores_at_a_time_lose_none(tmp_path, monkeypatch):
     folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
     folder.write_manifest(4)
     folder.close()
-    manifest, read = folder.read_manifest(), store.read_metrics
+    manifest, read = folder.read_manifest(), records.read_metrics
 
     def slow(*args: object) -> dict:
         found = read(*args)
         time.sleep(0.01)
         return found
 
-    monkeypatch.setattr(store, "read_metrics", slow)
+    monkeypatch.setattr(records, "read_metrics", slow)
 
     def add(number: int) -> None:
         other = RunFolder(tmp_path, folder.settings)
@@ -327,7 +333,7 @@ def test_scores_of_a_run_that_was_made_anew_meanwhile_are_not_added(tmp_path, mo
     folder = make(tmp_path, 4, {**SETTINGS, "num_images": 4})
     folder.write_manifest(4)
     manifest = folder.read_manifest()
-    monkeypatch.setattr(store, "WAIT", 0)
+    monkeypatch.setattr(records, "WAIT", 0)
     with pytest.raises(UserError, match="another process is writing to it"):
         RunFolder(tmp_path, folder.settings).add_metrics({}, manifest)
     folder.write_image(1, pixels(7))
@@ -375,12 +381,12 @@ def test_the_images_of_the_replaced_run_are_known_by_their_number(tmp_path):
 @pytest.mark.parametrize("count", [1, 64, 1_000_000, 1_000_001, 20_000_000])
 def test_names_sort_by_number_however_many_there_are(count):
     picked = sorted({0, 7, 63, 999_999, 1_000_000, count - 1} & set(range(count)))
-    names = [store.image_name(index, count) for index in picked]
-    assert names == sorted(names) and [store.image_index(n, count) for n in names] == picked
+    names = [image_name(index, count) for index in picked]
+    assert names == sorted(names) and [image_index(n, count) for n in names] == picked
     assert len({len(name) for name in names}) == 1 and names[0].startswith("000000")
     for name in ("0.png", f"0{names[-1]}", names[0].replace(".png", ".npy"), "00000x.png"):
-        assert store.image_index(name, count) is None
-    assert store.image_index(store.image_name(count, count + 1), count) is None
+        assert image_index(name, count) is None
+    assert image_index(image_name(count, count + 1), count) is None
 
 
 def test_a_run_of_more_than_a_million_images(tmp_path):
@@ -415,7 +421,7 @@ def edit_manifest(folder: RunFolder, path: Path) -> None:
     path.unlink()
     manifest = folder.read_manifest()
     del manifest["images"][path.name]
-    store.write_json(folder.path / "manifest.json", {**manifest, "num_images": 3, "count": 3})
+    write_json(folder.path / "manifest.json", {**manifest, "num_images": 3, "count": 3})
 
 
 CHANGES = {
@@ -445,7 +451,7 @@ def test_images_that_were_not_touched_are_not_read(tmp_path, monkeypatch):
     for index in range(4):
         os.utime(folder.image_path(index), (0, 0))
     read = []
-    sha256 = store.file_hash
+    sha256 = files.file_hash
     monkeypatch.setattr(store, "file_hash", lambda path: read.append(path.name) or sha256(path))
     assert list(folder.changes(quick=True)) == [] and read == ["config.yaml"]
     os.utime(folder.image_path(3))

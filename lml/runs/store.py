@@ -13,14 +13,10 @@ No journal is kept: an image that is there and whose seal holds is done.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import io
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,172 +24,26 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
 from PIL import Image, PngImagePlugin
 
 from lml.data.images import LATENTS, latents_path, open_image
 from lml.errors import UserError
-from lml.files import file_hash, load_json, load_yaml, read_object, replacing
-from lml.schema import Manifest, check
+from lml.files import (
+    disk_error,
+    file_hash,
+    read_json,
+    replacing,
+    write_atomic,
+    write_json,
+)
+from lml.runs.names import image_index, image_name
+from lml.runs.records import WRITTEN, check_output, hold, merge_metrics, read_config
+from lml.schema import Manifest
+from lml.seals import differences, settings_hash
 
-DIGITS = 6  # of an image's name, at least
-WAIT = 60.0  # seconds that a process waits for another to have added its scores
 SEAL = "lml-seal"
-# What a run's folder holds beside its configuration, its images and their latents.
-WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
 # What scripts/evaluate.py says of the images as a plain folder.
 APART = "images.metrics.json"
-
-
-class RunError(UserError):
-    """A run that cannot go on, for a reason outside the program. The message is one line."""
-
-
-def canonical(settings: Mapping[str, Any]) -> str:
-    """`settings` as JSON, the same for any order of keys, and for 8 written as 8.0."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-
-    return json.dumps(plain(settings), sort_keys=True, separators=(",", ":"))
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """sha256 of what determines a run's images."""
-    return hashlib.sha256(canonical(settings).encode()).hexdigest()
-
-
-def write_atomic(path: Path, data: bytes | str, key: str = "run_dir", durable: bool = True) -> None:
-    """Write the whole file or leave what was there, as `lml.files.replacing` does.
-
-    RunError when the disk is full or read-only; `key` is what the user gave the folder as.
-    """
-    data = data.encode() if isinstance(data, str) else data
-    try:
-        with replacing(path, durable) as file:
-            file.write(data)
-    except OSError as error:
-        raise disk_error(path.parent, error, key) from None
-
-
-def write_json(path: Path, value: Any, key: str = "run_dir") -> None:
-    """`value` as indented JSON, written like `write_atomic`."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n", key)
-
-
-def read_metrics(path: Path, label: str) -> dict[str, Any]:
-    """What a file of metrics says, {} without one.
-
-    UserError, beginning with `label`, for anything else: it could only be replaced.
-    """
-    try:
-        value = load_json(path)
-        entries = value.values() if isinstance(value, dict) else [None]
-        if not all(isinstance(entry, dict) and "value" in entry for entry in entries):
-            raise ValueError("no values by the names of metrics")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"{label}: not a file of metrics ({reason}); mend it, or move it away"
-        ) from None
-    return value
-
-
-def merge_metrics(path: Path, entries: Mapping[str, Any], label: str) -> None:
-    """Add `entries` to the file of metrics in `path`; those of the same name are replaced.
-
-    UserError as `read_metrics`. Of processes that do it at a time each waits for the others, if all
-    hold the lock of the file: of a run's metrics.json that is its folder's.
-    """
-    write_json(path, {**read_metrics(path, label), **entries}, label.partition("=")[0])
-
-
-@contextlib.contextmanager
-def hold(lock: FileLock, label: str) -> Iterator[None]:
-    """Hold `lock`. UserError, beginning with `label`, when another process does for `WAIT` s."""
-    try:
-        lock.acquire(timeout=WAIT)
-    except Timeout:
-        raise UserError(f"{label}: another process is writing to it") from None
-    except OSError as error:
-        raise disk_error(Path(lock.lock_file).parent, error, label.partition("=")[0]) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
-    """`values` with a `seal`: the sha256 of them and of what they belong to."""
-    values = {key: value for key, value in values.items() if key != "seal"}
-    return {**values, "seal": settings_hash({"values": values, "owner": owner})}
-
-
-def why_not_sealed(values: Mapping[str, Any], *owner: str) -> str | None:
-    """Why `values` are not to be believed; None when they are those that were `sealed`."""
-    if not values.get("seal"):
-        return "has no seal"
-    if values["seal"] != sealed(values, *owner)["seal"]:
-        return "was edited after it was written"
-    return None
-
-
-def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
-    """What to say of a folder that could not be written to."""
-    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-    remedy = f"free some space, or choose another {key}" if full else "a writable folder is asked"
-    return RunError(f"{key}={folder}: {error.strerror or error}; {remedy}")
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two settings differ, as `key=theirs, not ours`."""
-    found = []
-    for key in sorted({*ours, *theirs}):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif canonical({"": a}) != canonical({"": b}):
-            found.append(f"{prefix}{key}={b}, not {a}")
-    return found
-
-
-def check_output(path: str | Path, key: str) -> None:
-    """UserError where what is written to `path` would be among a run's own files.
-
-    A run refuses images that aren't its own. `key` is what the user gave the path as.
-    """
-    absolute = Path(path).resolve()
-    for folder in absolute.parents:
-        name = absolute.relative_to(folder).parts[0]
-        if name not in (*WRITTEN, "config.yaml", "images", LATENTS):
-            continue
-        with contextlib.suppress(UserError):
-            read_config(folder)
-            break
-    else:
-        return
-    raise UserError(f"{key}={path}: among the files of the run in {folder}; choose another place")
-
-
-def image_name(index: int, num_images: int | None) -> str:
-    """The name of an image of a run of so many: all as long, so that they sort by number."""
-    width = DIGITS if num_images is None else max(DIGITS, len(str(num_images - 1)))
-    return f"{index:0{width}d}.png"
-
-
-def image_index(name: str, num_images: int | None) -> int | None:
-    """The index of the image of that name; None where a run of so many has no such image."""
-    if not re.fullmatch(rf"[0-9]{{{DIGITS},18}}\.png", name):
-        return None
-    index = int(name.removesuffix(".png"))
-    is_there = num_images is None or index < num_images
-    return index if is_there and image_name(index, num_images) == name else None
 
 
 def _names(folder: Path) -> list[str]:
@@ -470,71 +320,3 @@ class RunFolder:
         }
         write_json(self.path / "manifest.json", manifest)
         return len(images)
-
-
-class Writer:
-    """Stores images while the network goes on with the next batch; holds at most two batches."""
-
-    def __init__(self, folder: RunFolder, threads: int = 2):
-        self.folder = folder
-        self._pool = ThreadPoolExecutor(threads)
-        self._pending = []
-
-    def submit(self, images: Iterable[tuple[int, np.ndarray, np.ndarray | None]]) -> None:
-        """Queue images as `RunFolder.write_image` takes them, once those before are on the disk."""
-        self.wait()
-        self._pending = [self._pool.submit(self.folder.write_image, *image) for image in images]
-
-    def wait(self) -> None:
-        """Return when everything is stored; raise what went wrong with the first that isn't."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()  # what is queued is still stored
-
-
-def read_json(path: Path, schema: Any = None) -> dict[str, Any]:
-    """The JSON object in `path`; {} when the file is missing, broken, or not as `schema` says."""
-    try:
-        return read_object(path, schema)
-    except (FileNotFoundError, UserError):
-        return {}
-
-
-def read_config(path: str | Path, schema: Any = None) -> dict[str, Any]:
-    """config.yaml of the run in the folder `path`.
-
-    UserError when that is no run's folder, or the config is not as `schema` says.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"run_dir={path}: no such folder")
-    try:
-        stored = load_yaml(path / "config.yaml", get_yaml_loader())
-        config = OmegaConf.to_container(OmegaConf.create(stored))
-    except Exception:  # YAML's and OmegaConf's errors share no base class
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-        raise UserError(f"run_dir={path}: not a run's folder (it has no config.yaml of a run)")
-    check(config, schema or Any, f"run_dir={path}: config.yaml")
-    return config
-
-
-def check_recorded(path: str | Path, config: Mapping[str, Any]) -> None:
-    """UserError unless manifest.json has the hashes of config.yaml, which reads as `config`."""
-    manifest = read_json(Path(path) / "manifest.json")
-    hashes = {
-        "config_sha256": file_hash(Path(path) / "config.yaml"),
-        "settings_sha256": settings_hash(config["settings"]),
-    }
-    for key, value in hashes.items():
-        if manifest.get(key) != value:
-            raise UserError(
-                f"run_dir={path}: config.yaml was edited after the run (manifest.json has another "
-                f"{key}), so that nothing is made of it"
-            )

@@ -1,56 +1,14 @@
-"""What a run shows while it runs: a progress bar or log lines, and Weights & Biases."""
+"""Where the numbers of a run are logged: nowhere, or Weights & Biases."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-
-from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
-
-from lml.runner import Observer
-from lml.store import RunFolder
-
-LINE_SECONDS = 15.0
-
-
-class Progress:
-    """What is done, how much a second and the time left: a bar in a terminal, else a line at times.
-
-    It counts images, or what `unit` is.
-    """
-
-    def __init__(self, total: int, show: bool = True, unit: str = "image"):
-        self.total, self.count, self.unit = total, 0, f"{unit}s"
-        self.start = self.said = time.monotonic()
-        self.lines = show and not sys.stderr.isatty()
-        hide = self.lines or not show
-        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=hide)
-
-    def update(self, count: int) -> None:
-        """`count` more are done."""
-        self.count += count
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.lines and now - self.said >= LINE_SECONDS and self.count < self.total:
-            self.said = now
-            rate = self.count / (now - self.start)
-            left = tqdm.format_interval((self.total - self.count) / rate)
-            print(
-                f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        self.bar.close()
 
 
 class Logger:
@@ -154,66 +112,3 @@ def has_key(url: str) -> bool:
     except (OSError, NetrcParseError):
         return False
     return any(host == urlsplit(url).hostname or "wandb" in host for host in hosts)
-
-
-class Tracker(Observer):
-    """Shows a run on the terminal and logs it. A context, so that the logger is always finished."""
-
-    def __init__(self, cfg: DictConfig):
-        config = OmegaConf.to_container(cfg, resolve=True)
-        self.first = int(os.environ.get("RANK", 0)) == 0
-        self.show = bool(config.get("progress", True)) and self.first
-        self.logger = Logger()
-        if self.first and config.get("logger", {}).get("name") == "wandb":
-            self.logger = WandbLogger(config["logger"], config["name"], config)
-        self.progress = None
-
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, kind: type | None, *exception: object) -> None:
-        self._close()
-        self.logger.finish(failed=kind is not None)
-
-    def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
-    def begin(self, total: int) -> None:
-        self._close()
-        self.progress = Progress(total, self.show)
-
-    def made(self, count: int) -> None:
-        self.progress.update(count)
-
-    def finish(self, folder: RunFolder, timing: Mapping[str, Any]) -> None:
-        self._close()
-        self.logger.image("grid", folder.path / "grid.png")
-        speed = "all were there"
-        if timing:
-            self.logger.log(_flatten({"timing": timing}))
-            speed = f"{timing['images_per_second']:.4g} images/s"
-        if self.first:
-            print(f"{folder.settings['num_images']} images in {folder.images} ({speed})")
-
-    def scored(self, results: Mapping[str, dict]) -> None:
-        values = {name: result["value"] for name, result in results.items()}
-        self.logger.log(_flatten(values))
-        if not self.first:
-            return
-        for name, value in _flatten(values).items():
-            warning = results[name.split("/")[0]].get("warning")
-            print(f"{name:24} {value:12.5g}" + (f"  ({warning})" if warning else ""))
-
-    def _close(self) -> None:
-        if self.progress is not None:
-            self.progress.close()
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)):
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,0 +1,1 @@
+"""What all scripts share: Hydra's command line, errors in one line, orderly interruption."""

@@ -1,0 +1,177 @@
+"""The frame of every script: Hydra's command line, errors in one line, orderly interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import sys
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lml.cli.hydra_sweeps import own_plugins
+from lml.cli.messages import explain
+from lml.cli.streams import lasting_streams
+from lml.cli.values import complete
+from lml.configs import CONFIGS
+from lml.errors import UserError, say
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+# What is said in one line.
+EXPECTED = (UserError, HydraException, OmegaConfBaseException)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM. Whoever catches it may say more in its message."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted")
+        self.exit_code = 128 + number
+
+
+def main(
+    config_name: str, makes_runs: bool = False
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make `task(cfg)` the body of a script with the config `configs/<config_name>.yaml`.
+
+    What a user did wrong (a UserError, or what Hydra and OmegaConf refuse) becomes one line on
+    stderr and exit code 2; an interruption one line and 128 + its signal's number; anything else
+    keeps its traceback. In a sweep a cell that fails is named, and the others go on, here or, with
+    hydra/launcher, in other processes and on other machines: there a cell runs in the folder that
+    the sweep was started in, and its line is said here. With HYDRA_FULL_ERROR=1 in the environment
+    every error keeps its traceback. With `makes_runs`, the cells are runs of configs/sample.yaml,
+    and lml/runs/sweep says what else happens to them; then `task` returns a search's objective.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def script() -> None:
+            with lasting_streams():
+                code = _run(task, config_name, makes_runs)
+            sys.exit(code)
+
+        return script
+
+    return decorate
+
+
+def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) -> int:
+    keep_traceback = os.environ.get(FULL_ERROR) == "1"
+    os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    started, failed = False, []
+    here, arguments, process = os.getcwd(), sys.argv, os.getpid()
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
+        if os.getpid() != process:
+            return _run_elsewhere(task, config_name, cfg, here, arguments)
+        try:
+            complete(cfg, config_name)
+            return task(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                failed.append(error)
+                say(f"{' '.join(HydraConfig.get().overrides.task)}: {explain(error)}")
+                raise  # sweepers have to know
+            if keep_traceback or not isinstance(error, (UserError, OmegaConfBaseException)):
+                raise
+            failed.append(error)
+            if not getattr(error, "elsewhere", False):  # else another process says it
+                say(explain(error))
+
+    try:
+        _check_environment()
+        with own_plugins(failed, makes_runs), _arguments():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+    except Interrupted as interruption:
+        # torchrun ends the others as soon as one has ended, which may cut short the way out of an
+        # error that is still to be told.
+        cause = interruption.__context__
+        say(explain(cause) if isinstance(cause, UserError) else str(interruption))
+        return interruption.exit_code
+    except Exception as error:
+        # Some of what Hydra refuses while composing is a plain ValueError.
+        expected = isinstance(error, EXPECTED) or (not started and isinstance(error, ValueError))
+        if keep_traceback or not expected:
+            raise
+        if error not in failed:
+            say(explain(error))
+        return 2
+    for error in failed:  # of a sweep that has made all that it could
+        if keep_traceback or not isinstance(error, EXPECTED):
+            raise error
+    return 2 if failed else 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    # The second of two signals in a row (torchrun passes on what the terminal sent, too) must not
+    # end the tidying up that the first one began.
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def _arguments() -> Iterator[None]:
+    """Let Hydra take overrides on both sides of its options, and say in one line what it can't."""
+    module = sys.modules[hydra.main.__module__]
+    make_parser = module.get_args_parser
+
+    def refuse(message: str) -> None:
+        raise UserError(message)
+
+    def get_args_parser() -> ArgumentParser:
+        parser = make_parser()
+        parser.parse_args, parser.error = parser.parse_intermixed_args, refuse
+        return parser
+
+    module.get_args_parser = get_args_parser
+    try:
+        yield
+    finally:
+        module.get_args_parser = make_parser
+
+
+def _check_environment() -> None:
+    """UserError for what torchrun sets, when it is no number."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise UserError(f"{name}={value!a:.80}: a whole number is asked, as torchrun sets it")
+
+
+def _run_elsewhere(
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    cfg: DictConfig,
+    here: str,
+    arguments: list[str],
+) -> Any:
+    """One cell of a sweep, in a process that a launcher started. Fails with a UserError only."""
+    try:
+        os.chdir(here)
+        sys.argv = arguments  # the run's record of its command line
+        complete(cfg, config_name)
+        return task(cfg)
+    except Exception as error:
+        reason = explain(error)
+        if not isinstance(error, (UserError, OmegaConfBaseException)):
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {reason} (its traceback is in the job's log)"
+        # one that every process can unpickle, which not all exceptions are
+        raise UserError(reason) from None

@@ -1,0 +1,40 @@
+"""How something is typed in a shell so that Hydra takes it as it is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def hydra_quoted(text: str) -> str:
+    """`text` as a value that Hydra takes as it is."""
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def shell_quoted(word: str) -> str:
+    """`word` as it is typed in a shell, on one line."""
+    if not CONTROL.search(word):
+        return shlex.quote(word)
+    word = re.sub(r"[\\']", r"\\\g<0>", word)
+    word = CONTROL.sub(lambda match: rf"\x{ord(match[0]):02x}", word)
+    return f"$'{word}'"
+
+
+def suggest(override: str) -> str | None:
+    """How `override` is typed so that its value is taken as it is; None if it never is."""
+    key, equal, value = override.partition("=")
+    quoted = f"{key}={hydra_quoted(value)}"
+    try:
+        text = OverridesParser.create().parse_override(quoted).value()
+        OmegaConf.create({"value": text})  # which refuses half an interpolation
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return shell_quoted(quoted) if key and equal else None

@@ -1,0 +1,1 @@
+"""A run: seeds to batches to images in a run folder; and its scores."""

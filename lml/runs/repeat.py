@@ -1,0 +1,92 @@
+"""A run once more: with a fine solver, or to look at its trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lml import schema
+from lml.errors import UserError
+from lml.instances import check_targets
+from lml.pipelines import find_model
+from lml.pipelines.trajectory import Replay, Trajectory, record
+from lml.processes import rank_and_world
+from lml.runs.generate import generate
+from lml.runs.observer import Observer
+from lml.runs.plan import choose_prompts, plan
+from lml.runs.records import (
+    check_recorded,
+    read_config,
+)
+from lml.runs.solver import read_solver
+from lml.runs.worker import Worker
+from lml.seals import differences
+
+
+def read_made(run_dir: str | Path) -> dict[str, Any]:
+    """What is made of config.yaml when the run in the folder is made again, whoever made it first.
+
+    UserError when it was edited after the run, or has things made that are none of ours.
+    """
+    config = read_config(run_dir)
+    check_recorded(run_dir, config)
+    apart = ("metrics", "logger", "provenance")
+    made = {key: value for key, value in config.items() if key not in apart}
+    check_targets(made, f"run_dir={run_dir}")
+    schema.check(made, schema.WholeRunConfig, f"run_dir={run_dir}: config.yaml")
+    return {**made, "run_dir": run_dir}
+
+
+def reference_run(
+    config: Mapping[str, Any],
+    device: torch.device,
+    observer: Observer,
+    nfe: int = 200,
+    solver: str = "dpmsolverpp",
+    latents: bool = False,
+) -> Path:
+    """The images that the run `config` approximates: same noise, `nfe` evaluations, LML off.
+
+    With `latents`, those are beside them, if the model has any.
+    They are made under outputs/reference, or found there. Returns their folder.
+    """
+    fine = {
+        **config,
+        "name": "reference",
+        "run_dir": None,
+        "overwrite": False,
+        "solver": read_solver(solver, "metrics.convergence.solver"),
+        "grid": {},
+        "lml": {"rank": 0},
+        "nfe": nfe,
+    }
+    # Other jobs of a sweep may need the same reference at the same time.
+    return generate(fine, device, observer, wait=True, latents=latents)[0].images
+
+
+def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Replay:
+    """The first `count` samples of the run `config` again: same noise, solver and LML, not stored.
+
+    In batches of the run's size, so that with `count` below it numbers may differ by rounding.
+    UserError for a run on the disk that would now come out differently.
+    """
+    model = find_model(config["model"])
+    planned = plan(config, model, choose_prompts(config, model))
+    settings = planned.folder.settings
+    if found := differences(settings, config.get("settings", settings)):
+        path, reason = planned.folder.path, "; ".join(found[:2])
+        raise UserError(f"run_dir={path}: its images can't be made again now ({reason})")
+    worker, scheduler = Worker(planned, device), planned.scheduler
+    sampler = worker.sampler()
+
+    def batches() -> Iterator[Trajectory]:
+        rank, world = rank_and_world()
+        for block in worker.blocks(count)[rank::world]:
+            with record(sampler.network, scheduler) as trajectory:
+                trajectory.images = worker.images(sampler, block)
+            yield trajectory
+
+    return Replay(sampler.network, scheduler, scheduler.timesteps.tolist(), count, batches())

@@ -1,0 +1,174 @@
+"""The solver that a config asks for, on the model's noise schedule."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import SchedulerMixin
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from lml import schema
+from lml.configs import CONFIGS, compose
+from lml.damping import GRIDS
+from lml.errors import UserError, first_line, nearest
+from lml.pipelines import Model
+from lml.schema import check_call
+
+# Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
+GRID = ("timestep_spacing", *GRIDS)
+OWN_GRID = "of_model"  # of that group: whether the model's own are taken
+# Options of a scheduler that are the model's whatever the solver, as it was trained with them.
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
+)
+
+
+def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
+    """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
+
+    Of the model's own scheduler it takes the noise schedule, and the options that its file names,
+    as diffusers' `from_config` does; those of the grid with `grid=model` alone. UserError for an
+    option that the solver does not have, or a value that it refuses.
+    """
+    name = cfg["solver"]["name"]
+    cls = _find_class(cfg["solver"]["scheduler"]["_target_"], name, model)
+    groups = {
+        "solver.scheduler": _without(cfg["solver"]["scheduler"], "_target_"),
+        "grid": _without(cfg["grid"], "name", OWN_GRID),
+        "lml": _without(cfg["lml"], "name"),
+    }
+    schema.check(cfg["grid"], schema.Grid, "grid")
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    _check_options(groups, cls, known, cfg)
+    _check_step(cfg["solver"].get("step") or {}, cls, name)
+    own = _options_of(model, name, known, cfg["grid"].get(OWN_GRID, False))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
+            return cls.from_config(own, **{k: v for g in groups.values() for k, v in g.items()})
+    except Exception as error:  # whatever a solver stumbles on in its options
+        reason = first_line(error)
+        key = reason.split("=")[0]
+        group = next((g for g, values in groups.items() if key in values), None)
+        raise UserError(f"{group}.{reason}" if group else f"solver={name}: {reason}") from None
+
+
+def _without(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in keys}
+
+
+def _find_class(target: str, name: str, model: Model) -> type[SchedulerMixin]:
+    """The class of the solver called `name`. UserError where it is not for the model."""
+    try:
+        cls = get_class(target)
+    except Exception as error:  # Hydra wraps whatever the import raised
+        reason = first_line(error)
+        raise UserError(f"solver.scheduler._target_={target}: {reason}") from None
+    if not issubclass(cls, SchedulerMixin):
+        raise UserError(f"solver.scheduler._target_={target}: a scheduler is asked")
+    if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
+        kind = type(model.scheduler).__name__
+        raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
+    return cls
+
+
+def _check_options(
+    groups: Mapping[str, Mapping[str, Any]], cls: type, known: set[str], cfg: Mapping[str, Any]
+) -> None:
+    """UserError for an option, by its group, that is none of the `known` of `cls`."""
+    name = cfg["solver"]["name"]
+    for group, values in groups.items():
+        for key, value in values.items():
+            if key in known:
+                continue
+            if key in GRID:
+                fitting = ", ".join(_fitting_grids(known))
+                raise UserError(
+                    f"grid={cfg['grid'].get('name')}: {name} has no {key}; grids for it: {fitting}"
+                )
+            close = nearest(key, known)
+            raise UserError(f"{group}.{key}={value}: {name} has no such option; nearest: {close}")
+        check_call(cls, values, group)
+
+
+def _check_step(options: Mapping[str, Any], cls: type, name: str) -> None:
+    """UserError for what a step of the solver does not take."""
+    taken = inspect.signature(cls.step).parameters
+    for key, value in options.items():
+        if key not in taken:
+            close = nearest(key, taken)
+            raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
+    check_call(inspect.unwrap(cls.step), options, "solver.step")
+
+
+def _options_of(model: Model, name: str, known: set[str], own_grid: bool) -> dict[str, Any]:
+    """What the solver takes of the model's own scheduler. UserError for what it has to, and can't.
+
+    With `own_grid`, its grid, too.
+    """
+    own = model.scheduler.config
+    for key in NOISE_SCHEDULE:
+        if own.get(key) is True and key not in known:
+            raise UserError(f"solver={name}: not for {model.name}, whose noise schedule has {key}")
+    # Defaults of the model's scheduler class are not the model's, but for its noise schedule:
+    # there diffusers would put the other class's default, such as Heun's own betas.
+    defaults = set(own.get("_use_default_values", ())) - set(NOISE_SCHEDULE)
+    left = defaults if own_grid else defaults | set(GRID)
+    options = {key: value for key, value in own.items() if key in known and key not in left}
+    if model.has_latents and "clip_sample" in known:
+        options.setdefault("clip_sample", False)  # to [-1, 1], as DDIM's default is for pixels
+    return options
+
+
+def _fitting_grids(known: set[str]) -> list[str]:
+    names = sorted(file.stem for file in (CONFIGS / "grid").glob("*.yaml"))
+    return [
+        name for name in names if set(compose(f"+grid={name}").grid) - {"name", OWN_GRID} <= known
+    ]
+
+
+def read_solver(name: str, key: str) -> dict[str, Any]:
+    """The config group solver=`name`. UserError, beginning with `key`, where there is none."""
+    known = [file.stem for file in (CONFIGS / "solver").glob("*.yaml")]
+    if name not in known:
+        raise UserError(f"{key}={schema.shown(name)}: unknown; nearest: {nearest(name, known)}")
+    return OmegaConf.to_container(compose(f"+solver={name}").solver)
+
+
+def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
+    """The number of steps for which the scheduler called `solver` makes exactly `nfe` evaluations.
+
+    UserError naming the nearest numbers that can be reached, when there is no such number of steps.
+    """
+    highest = scheduler.config.num_train_timesteps
+    if nfe > highest:
+        raise UserError(f"nfe={nfe}: at most {highest}, the number of the model's timesteps")
+
+    def evaluations(steps: int) -> int:
+        # With dynamic shifting the pipeline gives mu, which depends on the image's size.
+        mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        try:
+            scheduler.set_timesteps(steps, **mu)
+        except Exception as error:  # whatever a solver stumbles on in such a grid
+            raise UserError(f"nfe={nfe}: not for {solver} ({first_line(error)})") from None
+        return len(scheduler.timesteps)
+
+    steps = 1 + bisect.bisect_left(range(1, nfe + 1), nfe, key=evaluations)
+    above = evaluations(steps)
+    if above != nfe:
+        below = [evaluations(steps - 1)] if steps > 1 else []
+        reachable = " or ".join(map(str, [*below, above]))
+        raise UserError(f"nfe={nfe}: {solver} can make {reachable}")
+    return steps

@@ -1,0 +1,145 @@
+"""How much a sweep has to do, and how long that takes; known before the first cell is made."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lml.device import find_device, use_device
+from lml.errors import UserError
+from lml.files import read_json
+from lml.processes import rank_and_world
+from lml.runs.records import read_config
+from lml.runs.sweep.cells import DONE, MISSING, REFUSED, Cell
+from lml.runs.worker import Worker
+from lml.schema import RunConfig, Timing
+from lml.seals import canonical
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One line on `cells`; `name` is the sweep's, where no cell has one.
+
+    `trials` is how many cells there will be where the sweeper chooses them one after the other,
+    and `final_images` how many each run at the end of a search makes. `local` says that cells are
+    made in this process.
+    """
+
+    cells: Sequence[Cell]
+    name: str | None
+    local: bool
+    trials: int | None = None
+    final_images: int = 0
+
+    def __str__(self) -> str:
+        todo, images = self._to_make()
+        most = " at most" if self.trials else ""
+        work = [number * cell.config["nfe"] for number, cell in zip(images, todo, strict=True)]
+        names = dict.fromkeys(cell.name for cell in self.cells if cell.config)
+        line = f"{', '.join(names) or self.name}: {self._counts()}; "
+        if sum(work):
+            line += f"to make{most}: {sum(images):,} images, {sum(work):,} evaluations, "
+            line += self._duration(todo, work)
+        else:
+            line += f"to score: {len(todo)}" if todo else "nothing to make"
+        if self.final_images:
+            line += f"; then, of the best and of lml=off, {self.final_images:,} images each"
+        return line
+
+    def _to_make(self) -> tuple[list[Cell], list[int]]:
+        """The cells that are not finished, and how many images each lacks."""
+        if self.trials:  # which are others than these, and as many images each
+            todo = [cell for cell in self.cells if cell.plan is not None][:1] * self.trials
+            return todo, [cell.config["num_images"] for cell in todo]
+        todo = [cell for cell in self.cells if cell.status == MISSING]
+        return todo, [cell.images_to_make for cell in todo]
+
+    def _counts(self) -> str:
+        if self.trials:
+            return f"a search of {self.trials} trials"
+        parts = [f"{len(self.cells)} cell{'s' if len(self.cells) > 1 else ''}"]
+        for status, word in ((DONE, "finished"), (REFUSED, "refused")):
+            if count := sum(cell.status == status for cell in self.cells):
+                parts.append(f"{count} {word}")
+        return ", ".join(parts)
+
+    def _duration(self, cells: Sequence[Cell], work: Sequence[int]) -> str:
+        seconds = self._seconds(cells, work)
+        if seconds is None:
+            return "in a time that is not known yet"
+        each, rate = "" if self.local else " in one process", sum(work) / seconds
+        rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"about {_in_words(seconds)}{each} at {rate} evaluations/s"
+
+    def _seconds(self, cells: Sequence[Cell], work: Sequence[int]) -> float | None:
+        """How long so many evaluations of each cell take; None when that is not known."""
+        rates: dict[str, float | None] = {}
+        total = 0.0
+        for cell, evaluations in zip(cells, work, strict=True):
+            if not evaluations:
+                continue
+            kind = _kind(cell.config, cell.plan.folder.settings)
+            if kind not in rates:
+                # Only the network of the first cell: a second one would have it loaded again.
+                measure = _measure if self.local and not rates else lambda _: None
+                rates[kind] = _recall(cell, self.local) or measure(cell)
+            if rates[kind] is None:
+                return None
+            total += evaluations / rates[kind]
+        return total
+
+
+def _recall(cell: Cell, local: bool) -> float | None:
+    """Evaluations per second of the newest runs of the same kind under outputs/<name>."""
+    kind = _kind(cell.config, cell.plan.folder.settings)
+    here = _machine(cell.config) if local else {}
+    files = Path("outputs", cell.name).glob("*/timing.json")
+    rates = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        timing = read_json(file, Timing)
+        if any(timing.get(key) != value for key, value in here.items()):
+            continue
+        try:
+            config = read_config(file.parent, RunConfig)
+            if _kind(config, config["settings"]) == kind:
+                rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
+        except (UserError, KeyError, TypeError):  # a folder that something else was done to
+            continue
+        if len(rates) == 5:
+            break
+    return statistics.median(rates) if rates else None
+
+
+def _measure(cell: Cell) -> float | None:
+    """The same of one batch, made now; None when that fails, as the cell itself then will."""
+    device = use_device(cell.config["device"], cell.config["threads"])
+    try:
+        return Worker(cell.plan, device).measure() * rank_and_world()[1]
+    except UserError:
+        return None
+
+
+def _kind(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What the time of an evaluation depends on, as it is asked for."""
+    asked = {key: config[key] for key in ("device", "threads")}
+    return canonical({**asked, **{key: settings[key] for key in ("model", "dtype", "compile")}})
+
+
+def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What it depends on here, by the names of timing.json."""
+    return {
+        "device": str(find_device(config["device"])),
+        "threads": config["threads"] or torch.get_num_threads(),
+        "processes": rank_and_world()[1],
+    }
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,215 @@
+"""One process's part of a run: it makes images, stores them and takes the time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from lml.errors import RunError
+from lml.pipelines import Sampler, pixel
+from lml.processes import gather, on_first, rank_and_world
+from lml.runs.observer import Observer
+from lml.runs.plan import Plan
+from lml.runs.sampling import guarded, load_sampler
+from lml.runs.stopwatch import Stopwatch
+from lml.runs.writer import Writer
+
+
+@dataclass
+class _Part:
+    """What one process has to say of its part of the run."""
+
+    images: int
+    evaluations: int  # of all images together
+    duration: float  # seconds from its first image to its last, stored
+    guided: bool
+    seconds: Counter  # by part of the work
+
+
+@dataclass
+class Worker:
+    """One of the N processes that make a run: every Nth incomplete batch is made by it."""
+
+    plan: Plan
+    device: torch.device
+    stored: set[int] = field(default_factory=set)  # the images that are there
+    latents: bool = False  # keep them, too
+
+    def make(self, observer: Observer) -> dict[str, Any]:
+        """Make and store the images that are missing; returns the timing of all processes."""
+        rank, world = rank_and_world()
+        blocks = self.blocks(self.plan.cfg["num_images"])
+        blocks = [block for block in blocks if not self.stored.issuperset(block)][rank::world]
+        sampler = self.sampler() if blocks else None
+        if sampler and self.plan.prompts is not None and rank == 0:
+            for line in sampler.cut(self.plan.prompts.texts):
+                observer.say(line)
+        watch = self._watch(sampler)
+        images = sum(map(len, blocks))
+        observer.begin(images)
+        start = time.perf_counter()
+        with contextlib.closing(watch):
+            self._store(blocks, sampler, watch, observer)
+        duration = time.perf_counter() - start
+        guided = bool(sampler and sampler.guided)
+        return self._timing(_Part(images, watch.evaluations, duration, guided, watch.seconds()))
+
+    def measure(self) -> float:
+        """Network evaluations per second of this process, as `nfe` counts them: of its first batch.
+
+        The network stays loaded, compiled for the size of batch that the run has.
+        """
+        sampler, block = self.sampler(), self.blocks(self.plan.cfg["num_images"])[0]
+        short = replace(self, plan=replace(self.plan, steps=min(2, self.plan.steps)))
+        short._batch(sampler, block, Stopwatch(self.device))
+        start = time.perf_counter()
+        self._batch(sampler, block, Stopwatch(self.device))
+        return self.plan.cfg["nfe"] * len(block) / (time.perf_counter() - start)
+
+    def sampler(self) -> Sampler:
+        """The loaded model; it is kept for the next run."""
+        return load_sampler(self.plan.cfg, self.plan.model, self.device)
+
+    def blocks(self, count: int) -> list[range]:
+        """The first `count` images in batches."""
+        size = self.plan.cfg["batch_size"]
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+    def images(self, sampler: Sampler, block: range) -> Tensor:
+        """Those of the numbers in `block`, (B, C, H, W) in about [-1, 1]."""
+        cfg, model, scheduler = self.plan.cfg, self.plan.model, self.plan.scheduler
+        seeds = [cfg["seed"] + i for i in block]
+        prompts = self.plan.prompts
+        texts = None if prompts is None else prompts[block.start : block.stop].texts
+        options = cfg["solver"].get("step") or {}
+        with guarded(cfg, model, self.device):
+            try:
+                with _finite_images(sampler, scheduler) as checked:
+                    return checked(sampler(scheduler, self.plan.steps, seeds, texts, **options))
+            except FloatingPointError as error:
+                raise RunError(
+                    f"model={model.name}: {error}; images {block[0]} to {block[-1]} not stored"
+                ) from None
+
+    def _watch(self, sampler: Sampler | None) -> Stopwatch:
+        """Looks at the sampler's networks and at the correction, until it is closed."""
+        watch = Stopwatch(self.device)
+        if sampler is None:
+            return watch
+        watch.attach(sampler.network, "network", count=True)
+        for name, network in sampler.parts.items():
+            watch.attach(network, name)
+        if isinstance(correction := getattr(self.plan.scheduler, "correction", None), nn.Module):
+            watch.attach(correction, "correction")
+        return watch
+
+    def _store(
+        self, blocks: list[range], sampler: Sampler | None, watch: Stopwatch, observer: Observer
+    ) -> None:
+        """Make the images of `blocks`, and store those that are missing."""
+        # A block is made whole, even if one image is missing: its composition is fixed.
+        batches = ((block, self._batch(sampler, block, watch)) for block in blocks)
+        with Writer(self.plan.folder) as writer:
+            if self.plan.cfg["overwrite"]:
+                # What cannot be made, for whatever reason, replaces nothing.
+                batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
+                on_first(self.plan.folder.begin)
+            for block, pixels in batches:
+                latents = [None] * len(block)
+                if self.latents:
+                    latents = sampler.latents.float().cpu().numpy()
+                with watch.measure("writing"):
+                    made = zip(block, pixels, latents, strict=True)
+                    writer.submit(image for image in made if image[0] not in self.stored)
+                observer.made(len(block))
+            with watch.measure("writing"):
+                writer.wait()
+
+    def _batch(self, sampler: Sampler, block: range, watch: Stopwatch) -> np.ndarray:
+        with watch.measure("sampling"):
+            images = self.images(sampler, block)
+        return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _timing(self, part: _Part) -> dict[str, Any]:
+        """What timing.json says, of all processes."""
+        parts = gather(part)
+        images = sum(part.images for part in parts)
+        evaluations = sum(part.evaluations for part in parts)
+        per_image, nfe = evaluations / images, self.plan.cfg["nfe"]
+        # Most guided models are evaluated with and without the prompt; some take guidance as input.
+        if per_image not in (nfe, 2 * nfe if any(part.guided for part in parts) else nfe):
+            raise RuntimeError(f"nfe={nfe}, but {per_image:g} evaluations were counted")
+        seconds, outside = _seconds(parts)
+        return {
+            "images": images,
+            "images_per_second": round(images / max(part.duration for part in parts), 3),
+            "evaluations_per_image": nfe,
+            "guidance_evaluations_per_image": per_image - nfe,
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "outside_network": round(outside, 4),
+            "processes": len(parts),
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+        }
+
+
+def _seconds(parts: Sequence[_Part]) -> tuple[dict[str, float], float]:
+    """Seconds of all processes by what took them, and the share spent outside the networks."""
+    total = sum(part.duration for part in parts)
+    spent = sum((part.seconds for part in parts), Counter())
+    known = ("sampling", "network", "correction", "writing")
+    others = {name: value for name, value in spent.items() if name not in known}
+    inside = spent["network"] + sum(others.values())
+    seconds = {
+        "network": spent["network"],
+        **others,
+        "correction": spent["correction"],
+        "solver": spent["sampling"] - inside - spent["correction"],
+        "writing": spent["writing"],
+        "other": total - spent["sampling"] - spent["writing"],
+        "total": total,
+    }
+    return seconds, 1 - inside / total
+
+
+@contextlib.contextmanager
+def _finite_images(
+    sampler: Sampler, scheduler: SchedulerMixin
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function that returns images of `sampler` if all their pixels are finite.
+
+    FloatingPointError when they aren't, or when a decoder inside returned what isn't: pipelines cut
+    infinite values to white. Not where the scheduler `may_diverge` and its latents have.
+    """
+    decoded: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple, output: Tensor) -> None:
+        decoded.append(output.isfinite().all())
+
+    def checked(images: Tensor) -> Tensor:
+        latents = sampler.latents
+        if torch.stack([images.isfinite().all(), *decoded]).all():
+            return images
+        if latents is not None and latents.isfinite().all():
+            raise FloatingPointError("the decoder returned NaN or inf")
+        if not getattr(scheduler, "may_diverge", False):
+            raise FloatingPointError("the solver returned NaN or inf")
+        return images
+
+    decoder = sampler.parts.get("decoder")
+    hook = None if decoder is None else decoder.register_forward_hook(look)
+    try:
+        yield checked
+    finally:
+        if hook is not None:
+            hook.remove()
