@@ -99,10 +99,9 @@ class LMLCorrection(Options):
         """u_1 ... u_r of g = `direction`, like it; `anchors` are what `forward` was given."""
         if self.anchor == "history":
             return tuple(anchors)
-        wide = torch.promote_types(direction.dtype, torch.float32)
-        g, largest = direction.to(wide), torch.finfo(wide).max
-        previous = anchors[-1].to(wide) if anchors else g
-        return ((self.kappa * previous + (1 - self.kappa) * g).clamp(-largest, largest),)
+        g = direction.to(torch.promote_types(direction.dtype, torch.float32))
+        previous = anchors[-1].to(g.dtype) if anchors else g
+        return (self.kappa * previous + (1 - self.kappa) * g,)  # lerp would overflow
 
     def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:
         if self.anchor == "ema" and self.norm_preserving and (self.kappa == 0 or not anchors):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 BLOCK = 2**17  # numbers of a vector that are taken at a time where memory is needed for them
 RANGE = (1e-24, 1e30)  # of |u|^2 and |g|^2 with which float32 neither overflows nor loses digits
-ROUNDING = 30.0  # in float32's epsilons, relative to |d|: more than that is done in float64
+ROUNDING = 100.0  # in float32's epsilons, relative to |d|: more than that is done in float64
 FLOOR = 500  # in float64's epsilons of |u|^2: a smaller damping drowns in the rounding of U^T U
 
 
