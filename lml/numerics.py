@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**17  # numbers of a vector that are taken at a time where memory is needed for them
-RANGE = (1e-24, 1e30)  # of |u|^2 and |g|^2 with which float32 neither overflows nor loses digits
+SMALLEST = 1e-24  # |u|^2 and |g|^2 with which float32 loses no digits
 ROUNDING = 100.0  # in float32's epsilons, relative to |d|: more than that is done in float64
 FLOOR = 500  # in float64's epsilons of |u|^2: a smaller damping drowns in the rounding of U^T U
 
@@ -71,22 +71,20 @@ def _in_float32(
     gram = _inner_products(vectors, out).to(_wide(out))
     squares = gram.diagonal(dim1=1, dim2=2)
     U2, g2 = squares[:, :r].sum(1, keepdim=True), squares[:, r:]  # of the norms
-    lam = damping * (U2 / r if is_relative else torch.ones_like(U2))
-    weights = _solve(gram, lam)
-    d2 = (weights * (gram @ weights)).sum(1)
+    lam = damping / r * U2 if is_relative else torch.full_like(U2, damping)
+    y = _solve(gram, lam)
+    d2 = g2 - (y * (lam * y + gram[:, :r, r])).sum(1, keepdim=True)  # as U^T d is lambda y
     stretch = (g2 / d2).sqrt()
 
     # |(lambda I + U^T U)^-1 U^T| is at most 1 / (2 sqrt(lambda)): so |U| |y| is at most
     # |g| |U| / (2 sqrt(lambda)), and errors of U^T U and U^T g reach d by the same factor.
-    rounding = (1 + (U2 / lam).sqrt() / 2) ** 2 * stretch
-    fits = ((squares > RANGE[0]) & (squares < min(RANGE[1], largest**2))).all(1, keepdim=True)
-    if norm_preserving:
-        weights = weights * stretch[:, None]
-    _weighted_sum(vectors, weights.to(out.dtype), out)
+    rounding = (1 + (U2 / lam).sqrt() / 2) ** 2 * stretch  # NaN where a square overflows
+    enough = (rounding < ROUNDING) & (g2 < largest**2) & (squares > SMALLEST).all(1, keepdim=True)
+    _weighted_sum(vectors, y, stretch if norm_preserving else torch.ones_like(stretch), out)
     # At this damping |U y| is at most |g| / 3, and d2 as good as g2.
     if norm_preserving and not (is_relative and damping >= 2 * r):
         out *= (g2.sqrt() / _norm(out)).to(out.dtype)
-    return (~(fits & (rounding < ROUNDING))).nonzero()[:, 0]
+    return (~enough).nonzero()[:, 0]
 
 
 def _in_float64(
@@ -111,7 +109,7 @@ def _in_float64(
     lam = torch.maximum(lam, FLOOR * limits.eps * squares)
     lam = torch.where(lam > 0, lam, 1.0).clamp(max=ceiling)
 
-    d = _weighted_sum(vectors, _solve(gram, lam), out)
+    d = _weighted_sum(vectors, _solve(gram, lam), torch.ones_like(size_g), out)
     norm_d = _norm(d)
     norm = gram[:, -1:, -1].sqrt() if norm_preserving else norm_d
     # |g| may exceed the largest number of the type where no number of g does.
@@ -121,28 +119,30 @@ def _in_float64(
 
 def _inner_products(vectors: list[Tensor], out: Tensor | None) -> Tensor:
     """[U g]^T [U g] (B, r + 1, r + 1) of the vectors (B, D); `out`, if any, is overwritten."""
-    products = {
-        (i, j): torch.mul(v, w, out=out).sum(1)
-        for i, v in enumerate(vectors)
-        for j, w in enumerate(vectors[: i + 1])
+    n = len(vectors)
+    lower = {
+        (i, j): torch.mul(vectors[i], vectors[j], out=out).sum(1)
+        for i in range(n)
+        for j in range(i + 1)
     }
-    n = range(len(vectors))
-    return torch.stack([torch.stack([products[max(i, j), min(i, j)] for j in n], 1) for i in n], 1)
+    products = [lower[max(i, j), min(i, j)] for i in range(n) for j in range(n)]
+    return torch.stack(products, 1).unflatten(1, (n, n))
 
 
 def _solve(gram: Tensor, lam: Tensor) -> Tensor:
-    """[-y 1] (B, r + 1, 1), y = (lambda I + U^T U)^-1 U^T g; a lambda a sample or an anchor."""
-    UTU, UTg = gram[:, :-1, :-1], gram[:, :-1, -1:]
-    factor, _ = torch.linalg.cholesky_ex(UTU + torch.diag_embed(lam.expand_as(UTg[:, :, 0])))
-    y = torch.cholesky_solve(UTg, factor)
-    return torch.cat([-y, torch.ones_like(y[:, :1])], 1)
+    """y = (lambda I + U^T U)^-1 U^T g (B, r); a lambda for each sample (B, 1), or anchor (B, r)."""
+    damped = gram.clone()
+    damped.diagonal(dim1=1, dim2=2)[:, :-1] += lam
+    factor, _ = torch.linalg.cholesky_ex(damped[:, :-1, :-1])
+    return torch.cholesky_solve(damped[:, :-1, -1:], factor)[:, :, 0]
 
 
-def _weighted_sum(vectors: list[Tensor], weights: Tensor, out: Tensor | None) -> Tensor:
-    """[U g] times the weights (B, r + 1, 1): (B, D), in `out`, if any."""
-    total = torch.mul(vectors[-1], weights[:, -1], out=out)
+def _weighted_sum(vectors: list[Tensor], y: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    """(g - U y) scale (B, D) with y (B, r) and scale (B, 1); in `out`, if any."""
+    total = torch.mul(vectors[-1], scale.to(vectors[-1].dtype), out=out)
+    weights = (-scale * y).to(total.dtype)
     for i, u in enumerate(vectors[:-1]):
-        total.addcmul_(u, weights[:, i])
+        total.addcmul_(u, weights[:, i : i + 1])
     return total
 
 
