@@ -17,40 +17,27 @@ schedulers use; `lml.damping` says how much damping.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lml import numerics
-from lml.damping import damping_of_steps, is_damping, is_real, one_for_each_step
+from lml.options import Options
 
-DAMPING_SCALES = ("relative", "absolute")
-ANCHORS = ("history", "ema")
 METHOD_VERSION = 2  # raised when LML's numbers change: it is part of what names a run
 
 
 def formula(g: Tensor, U: Tensor, damping: float, relative: bool, normed: bool) -> Tensor:
     """g' (B, D) of the directions g (B, D) with anchors U (B, D, r)."""
-    lam = damping * (U**2).sum(1).mean(1) if relative else torch.full_like(g[:, 0], damping)
-    UT, identity = U.mT, torch.eye(U.shape[2], dtype=g.dtype, device=g.device)
-    y = torch.linalg.solve(lam[:, None, None] * identity + UT @ U, UT @ g[:, :, None])
-    d = g - (U @ y)[:, :, 0]
-    return d * g.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True) if normed else d
+    g, UT, identity = g[:, :, None], U.mT, torch.eye(U.shape[2], dtype=U.dtype, device=U.device)
+    lam = damping * (U**2).sum(1, True).mean(2, True) if relative else damping
+    d = g - U @ torch.linalg.solve(lam * identity + UT @ U, UT @ g)
+    corrected = d * g.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True) if normed else d
+    return corrected[:, :, 0]
 
 
-def _check(name: str, value: object, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}={value}: must be {allowed}")
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-
-
-class LMLCorrection(nn.Module):
+class LMLCorrection(Options):
     """Corrects the directions of a trajectory, one a call.
 
     It holds options alone. The anchors of a trajectory belong to whoever follows it:
@@ -80,88 +67,6 @@ class LMLCorrection(nn.Module):
         ValueError: an option is out of its range.
     """
 
-    def __init__(
-        self,
-        rank: int = 2,
-        damping: float | Sequence[float | None] | None = None,
-        damping_scale: str = "relative",
-        anchor: str = "history",
-        kappa: float = 0.0,
-        norm_preserving: bool = True,
-        freeze: float = 0.0,
-        length: float | Sequence[float] = 1.0,
-    ):
-        super().__init__()
-        whole = isinstance(rank, Integral) and not isinstance(rank, bool)
-        _check("rank", rank, whole and rank >= 0, "a whole number >= 0")
-        if _is_list(damping):
-            damping = list(damping)
-            valid = bool(damping) and all(d is None or is_damping(d) for d in damping)
-            _check("damping", damping, valid, "a list of finite numbers > 0 and of None")
-        else:
-            valid = damping is None or is_damping(damping)
-            _check(
-                "damping", damping, valid, "a finite number > 0, or a list with one for each step"
-            )
-        if _is_list(length):
-            length = list(length)
-            valid = bool(length) and all(map(is_damping, length))
-            _check("length", length, valid, "a list of finite numbers > 0")
-        else:
-            valid = is_damping(length)
-            _check("length", length, valid, "a finite number > 0, or a list with one for each step")
-        _check(
-            "damping_scale",
-            damping_scale,
-            damping_scale in DAMPING_SCALES,
-            f"one of {', '.join(DAMPING_SCALES)}",
-        )
-        _check("anchor", anchor, anchor in ANCHORS, f"one of {', '.join(ANCHORS)}")
-        _check("kappa", kappa, is_real(kappa) and 0 <= kappa <= 1, "in [0, 1]")
-        _check("norm_preserving", norm_preserving, isinstance(norm_preserving, bool), "a boolean")
-        _check("freeze", freeze, is_real(freeze) and 0 <= freeze <= 1, "in [0, 1]")
-        _check("rank", rank, anchor == "history" or rank <= 1, "0 or 1 with anchor=ema")
-        # int and float, so that a config with NumPy's numbers can be saved.
-        self.rank = int(rank)
-        if isinstance(damping, list):
-            self.damping = [None if d is None else float(d) for d in damping]
-        else:
-            self.damping = None if damping is None else float(damping)
-        self.damping_scale = damping_scale
-        self.anchor = anchor
-        self.kappa = float(kappa)
-        self.norm_preserving = norm_preserving
-        self.freeze = float(freeze)
-        self.length = list(map(float, length)) if isinstance(length, list) else float(length)
-
-    @property
-    def is_relative(self) -> bool:
-        """Whether lambda is in units of mean |u|^2. The default damping always is."""
-        return self.damping is None or self.damping_scale == "relative"
-
-    def extra_repr(self) -> str:
-        scale = "relative" if self.is_relative else "absolute"
-        return (
-            f"rank={self.rank}, damping={self.damping} ({scale}), "
-            f"anchor={self.anchor}, kappa={self.kappa}, "
-            f"norm_preserving={self.norm_preserving}, freeze={self.freeze}, length={self.length}"
-        )
-
-    def dampings(
-        self, timesteps: Sequence[float], num_train_timesteps: int, default: float
-    ) -> tuple[float | None, ...]:
-        """The damping of each step at `timesteps` in [0, T]; see `lml.damping.damping_of_steps`.
-
-        `default` is the damping where the options give none, `num_train_timesteps` is T.
-        """
-        damping = default if self.damping is None else self.damping
-        last = (1 - self.freeze) * num_train_timesteps if self.freeze else math.inf
-        return damping_of_steps(damping, last, timesteps)
-
-    def lengths(self, steps: int) -> tuple[float, ...]:
-        """The length of each of so many steps. ValueError: the option is a list for others."""
-        return one_for_each_step("length", self.length, steps)
-
     def forward(
         self,
         direction: Tensor,
@@ -183,22 +88,24 @@ class LMLCorrection(nn.Module):
         """
         if self.rank == 0:
             return direction, ()
-        anchors = tuple(
-            u for u in anchors if u.shape == direction.shape and u.device == direction.device
-        )
+        shape, device = direction.shape, direction.device
+        anchors = tuple(u for u in anchors if u.shape == shape and u.device == device)
         corrected = direction if damping is None else self._correct(anchors, direction, damping)
         if length != 1:
             corrected = corrected * length
         return corrected, (*anchors, direction.detach().clone())[-self.rank :]
 
+    def columns(self, anchors: Sequence[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
+        """u_1 ... u_r of g = `direction`, like it; `anchors` are what `forward` was given."""
+        if self.anchor == "history":
+            return tuple(anchors)
+        g = direction.to(torch.promote_types(direction.dtype, torch.float32))
+        previous = anchors[-1].to(g.dtype) if anchors else g
+        return (self.kappa * previous + (1 - self.kappa) * g,)  # lerp would overflow
+
     def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:
-        kappa = None
-        if self.anchor == "ema":
-            if self.norm_preserving and (self.kappa == 0 or not anchors):
-                return direction  # u = g; the rounding of a tiny d would be scaled to full size
-            anchors, kappa = anchors or (direction,), self.kappa
-        if not anchors:
+        if self.anchor == "ema" and self.norm_preserving and (self.kappa == 0 or not anchors):
+            return direction  # u = g; the rounding of a tiny d would be scaled to full size
+        if not (U := self.columns(anchors, direction)):
             return direction
-        return numerics.correct(
-            direction, anchors, damping, self.is_relative, self.norm_preserving, kappa
-        )
+        return numerics.correct(direction, U, damping, self.is_relative, self.norm_preserving)

@@ -1,10 +1,11 @@
 """The formula of `lml.correction` in arithmetic that holds, for any finite input.
 
-Anchors that are nearly parallel to g or to one another leave d as a small difference of large
-numbers, unless the damping is as large as they are. So it is computed in float64, unless the
-damping is large enough for float32, and a few samples at a time, so that these stay in the
-processor's cache. The r x r system is solved by Cholesky's factors, with a floor under the damping.
-The result has the type of the input.
+Few products of tensors are needed: the inner products of g and its anchors, and a weighted sum of
+them, d = [U g] [-y 1]^T. The r x r system for y, between the two, is solved in float64, by
+Cholesky's factors. For most samples float32 is enough for the rest. But anchors that are nearly
+parallel to g or to one another leave d as a small difference of large numbers, unless the damping
+is as large as they are. So the rounding of every sample is estimated, and a sample with too much of
+it is done again: in float64, brought into its range, with a floor under the damping.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 5 * 2**18  # bytes of direction and anchors taken at a time: near the cache, little memory
-ROUNDING = 500  # machine epsilons of |u|^2: a smaller damping drowns in U^T U's rounding
-WELL_CONDITIONED = 1.0  # relative damping from which float32 loses no more than a digit
+BLOCK = 2**17  # numbers of a vector that are taken at a time where memory is needed for them
+SMALLEST = 1e-24  # |u|^2 and |g|^2 with which float32 loses no digits
+ROUNDING = 100.0  # in float32's epsilons, relative to |d|: more than that is done in float64
+FLOOR = 500  # in float64's epsilons of |u|^2: a smaller damping drowns in the rounding of U^T U
 
 
 def correct(
@@ -25,105 +27,143 @@ def correct(
     damping: float,
     is_relative: bool,
     norm_preserving: bool,
-    kappa: float | None = None,
 ) -> Tensor:
-    """g' of each sample, of the shape (B, ...), type and device of `direction`.
+    """g' of each sample, of the shape (B, ...), type, device and layout of `direction`.
 
     Args:
         direction: g, a floating-point tensor (B, ...).
         anchors: r >= 1 tensors like it.
         damping: lambda > 0; with `is_relative` in units of mean |u|^2.
         norm_preserving: scale d to the norm of g.
-        kappa: with one, the only anchor is u = kappa * anchors[0] + (1 - kappa) * g.
     """
-    options = (damping, is_relative, norm_preserving, kappa)
-    # The damping holds the condition number under 1 + r / damping.
-    fast = is_relative and damping >= WELL_CONDITIONED and direction.dtype != torch.float64
+    options = (damping, is_relative, norm_preserving)
+    largest = torch.finfo(direction.dtype).max
+    dtype = torch.promote_types(direction.dtype, torch.float32)
+    vectors = [v.flatten(1).to(dtype) for v in (*anchors, direction)]
     corrected = torch.empty_like(direction)
-    memory = (len(anchors) + 1) * direction.numel() * (4 if fast else 8)
-    size = max(1, BLOCK * len(direction) // max(memory, 1))
-    for start in range(0, len(direction), size):
-        block = slice(start, start + size)
-        vectors, out = [v[block] for v in (*anchors, direction)], corrected[block]
-        held = _correct_block(vectors, out, *options, fast)
-        if fast and not held.all():
-            again = torch.empty_like(out[~held])
-            _correct_block([v[~held] for v in vectors], again, *options, fast=False)
-            out[~held] = again
+    out = corrected.flatten(1).to(dtype)  # the same memory, or of another layout or type
+
+    tracked = torch.is_grad_enabled() and any(v.requires_grad for v in vectors)
+    if tracked or dtype == torch.float64:
+        rest = torch.arange(len(out), device=out.device)
+    else:
+        rest = _in_float32(vectors, out, *options, largest)
+    for rows in rest.split(_block(out)) if len(rest) else ():
+        out[rows] = _in_float64([v[rows] for v in vectors], *options, largest, tracked).to(dtype)
+    if dtype != corrected.dtype or not corrected.is_contiguous():
+        corrected.copy_(out.view_as(corrected))
     return corrected
 
 
-def _correct_block(
-    inputs: list[Tensor],
+def _in_float32(
+    vectors: list[Tensor],
     out: Tensor,
     damping: float,
     is_relative: bool,
     norm_preserving: bool,
-    kappa: float | None,
-    fast: bool,
+    largest: float,
 ) -> Tensor:
-    """Write g' of a few samples to `out` (b, ...); `inputs` are their anchors and g.
+    """Write g' to `out` (B, D); `vectors` are the anchors and g. Returns the samples to do again.
 
-    `fast` is in float32 and with the numbers as they are. It is right for the samples that are
-    returned (b,): those whose squares are in float32's range.
+    Takes no other memory of the size of a vector.
     """
-    # Apple's GPUs have no float64.
-    single = fast or out.device.type == "mps"
-    dtype = torch.float32 if single else torch.float64
-    r = len(inputs) - 1
-    vectors = out.new_empty((len(out), r + 1, out[0].numel()), dtype=dtype)
-    for row, vector in enumerate(inputs):
-        vectors[:, row] = vector.flatten(1)
-    if kappa is not None:
-        vectors[:, 0].lerp_(vectors[:, 1], 1 - kappa)
-
-    limits = torch.finfo(dtype)
-    anchor_scale = direction_scale = 1.0
-    scaled = not fast and out.dtype == dtype  # of other types all squares are finite here
-    if scaled:
-        anchor_scale = _power_of_two(vectors[:, :r])
-        direction_scale = _power_of_two(vectors[:, r:])
-        vectors[:, :r] /= anchor_scale
-        vectors[:, r:] /= direction_scale
-
-    gram = vectors @ vectors.mT
+    r = len(vectors) - 1
+    gram = _inner_products(vectors, out).to(_wide(out))
     squares = gram.diagonal(dim1=1, dim2=2)
-    held = ((squares > 1e-15) & (squares < 1e15)).all(1)
-    gram, projection = gram[:, :r, :r], gram[:, :r, r:]  # U^T U and U^T g
-    mean_square = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    unit = mean_square if is_relative else anchor_scale**-2
-    largest = limits.max**0.8  # a larger damping changes nothing
-    lam = torch.full_like(mean_square, min(damping, largest)) * unit
-    # for each anchor its own, as a small one has smaller errors, too
-    lam = torch.maximum(lam, ROUNDING * limits.eps * squares[:, None, :r])
-    lam = torch.where(lam > 0, lam, 1.0).clamp(max=largest)
+    U2, g2 = squares[:, :r].sum(1, keepdim=True), squares[:, r:]  # of the norms
+    lam = damping / r * U2 if is_relative else torch.full_like(U2, damping)
+    y = _solve(gram, lam)
+    d2 = g2 - (y * (lam * y + gram[:, :r, r])).sum(1, keepdim=True)  # as U^T d is lambda y
+    stretch = (g2 / d2).sqrt()
 
-    identity = torch.eye(r, dtype=dtype, device=out.device)
-    factor, _ = torch.linalg.cholesky_ex(gram + lam * identity)
-    weights = torch.cholesky_solve(projection, factor)
-    # d = g - U weights
-    d = torch.cat([-weights, torch.ones_like(weights[:, :1])], 1).mT @ vectors
+    # |(lambda I + U^T U)^-1 U^T| is at most 1 / (2 sqrt(lambda)): so |U| |y| is at most
+    # |g| |U| / (2 sqrt(lambda)), and errors of U^T U and U^T g reach d by the same factor.
+    rounding = (1 + (U2 / lam).sqrt() / 2) ** 2 * stretch  # NaN where a square overflows
+    enough = (rounding < ROUNDING) & (g2 < largest**2) & (squares > SMALLEST).all(1, keepdim=True)
+    _weighted_sum(vectors, y, stretch if norm_preserving else torch.ones_like(stretch), out)
+    # At this damping |U y| is at most |g| / 3, and d2 as good as g2.
+    if norm_preserving and not (is_relative and damping >= 2 * r):
+        out *= (g2.sqrt() / _norm(out)).to(out.dtype)
+    return (~enough).nonzero()[:, 0]
+
+
+def _in_float64(
+    vectors: list[Tensor],
+    damping: float,
+    is_relative: bool,
+    norm_preserving: bool,
+    largest: float,
+    tracked: bool,
+) -> Tensor:
+    """g' of a few samples (b, D), without a number above `largest`; gradients flow if `tracked`."""
+    size_U, size_g = _power_of_two(vectors[:-1]), _power_of_two(vectors[-1:])
+    vectors = [*(u / size_U for u in vectors[:-1]), vectors[-1] / size_g]
+    out = None if tracked else torch.empty_like(vectors[-1])
+    gram = _inner_products(vectors, out)
+    squares = gram.diagonal(dim1=1, dim2=2)[:, :-1]
+
+    limits = torch.finfo(gram.dtype)
+    ceiling = limits.max**0.8  # a larger damping changes nothing
+    lam = min(damping, ceiling) * (squares.mean(1, keepdim=True) if is_relative else size_U**-2)
+    # for each anchor its own, as a small one has smaller errors, too
+    lam = torch.maximum(lam, FLOOR * limits.eps * squares)
+    lam = torch.where(lam > 0, lam, 1.0).clamp(max=ceiling)
+
+    d = _weighted_sum(vectors, _solve(gram, lam), torch.ones_like(size_g), out)
     norm_d = _norm(d)
+    norm = gram[:, -1:, -1].sqrt() if norm_preserving else norm_d
     # |g| may exceed the largest number of the type where no number of g does.
-    limit = (1 - 4 * limits.eps) * torch.finfo(out.dtype).max / direction_scale
-    size = (_norm(vectors[:, r:]) if norm_preserving else norm_d).clamp(max=limit)
-    stretch = torch.where(norm_d > 0, size / norm_d, 1.0)
-    if scaled:
-        d, stretch = d * stretch, direction_scale
-    d, stretch = d.view_as(out), stretch.view(-1, *[1] * (out.ndim - 1))
-    if d.requires_grad:
-        out.copy_(d * stretch)
-    else:
-        torch.mul(d, stretch, out=out)
-    return held
+    norm = norm.clamp(max=(1 - 4 * limits.eps) * largest / size_g)
+    return d * torch.where(norm_d > 0, norm / norm_d, 1.0) * size_g
+
+
+def _inner_products(vectors: list[Tensor], out: Tensor | None) -> Tensor:
+    """[U g]^T [U g] (B, r + 1, r + 1) of the vectors (B, D); `out`, if any, is overwritten."""
+    n = len(vectors)
+    lower = {
+        (i, j): torch.mul(vectors[i], vectors[j], out=out).sum(1)
+        for i in range(n)
+        for j in range(i + 1)
+    }
+    products = [lower[max(i, j), min(i, j)] for i in range(n) for j in range(n)]
+    return torch.stack(products, 1).unflatten(1, (n, n))
+
+
+def _solve(gram: Tensor, lam: Tensor) -> Tensor:
+    """y = (lambda I + U^T U)^-1 U^T g (B, r); a lambda for each sample (B, 1), or anchor (B, r)."""
+    damped = gram.clone()
+    damped.diagonal(dim1=1, dim2=2)[:, :-1] += lam
+    factor, _ = torch.linalg.cholesky_ex(damped[:, :-1, :-1])
+    return torch.cholesky_solve(damped[:, :-1, -1:], factor)[:, :, 0]
+
+
+def _weighted_sum(vectors: list[Tensor], y: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    """(g - U y) scale (B, D) with y (B, r) and scale (B, 1); in `out`, if any."""
+    total = torch.mul(vectors[-1], scale.to(vectors[-1].dtype), out=out)
+    weights = (-scale * y).to(total.dtype)
+    for i, u in enumerate(vectors[:-1]):
+        total.addcmul_(u, weights[:, i : i + 1])
+    return total
 
 
 def _norm(vectors: Tensor) -> Tensor:
-    # Not vector_norm, whose error in float32 grows with the number of elements.
-    return (vectors * vectors).sum(2, keepdim=True).sqrt()
+    """(B, 1). Not vector_norm, whose error in float32 grows with the number of elements."""
+    blocks = vectors.split(_block(vectors))
+    return torch.cat([(block * block).sum(1, keepdim=True) for block in blocks]).sqrt()
 
 
-def _power_of_two(vectors: Tensor) -> Tensor:
-    """The power of two at or below the largest number of each sample, (b, n, D) -> (b, 1, 1)."""
-    _, exponent = torch.frexp(vectors.abs().amax((1, 2), keepdim=True))
-    return torch.exp2(exponent.to(vectors.dtype) - 1)
+def _block(vectors: Tensor) -> int:
+    """The number of samples in a block."""
+    return max(1, BLOCK // max(1, vectors.shape[1]))
+
+
+def _power_of_two(vectors: list[Tensor]) -> Tensor:
+    """The power of two at or below the largest number of each sample, (B, 1)."""
+    ends = [end for v in vectors for end in (v.amax(1, keepdim=True), -v.amin(1, keepdim=True))]
+    _, exponent = torch.frexp(torch.stack(ends).detach().amax(0))
+    return torch.exp2(exponent.to(_wide(exponent)) - 1)
+
+
+def _wide(vector: Tensor) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if vector.device.type == "mps" else torch.float64

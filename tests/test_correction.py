@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lml import numerics
 from lml.correction import LMLCorrection, formula
 from lml.damping import default_damping
 
@@ -94,6 +95,15 @@ def test_the_formula_is_the_inverse_of_the_hessian(rank, relative, normed):
     assert error(plain(anchors, g, 0.7, relative, normed), expected) < 1e-12
 
 
+@pytest.mark.parametrize("options", [{"rank": 3}, {"rank": 1, "anchor": "ema", "kappa": 0.3}])
+def test_the_columns_of_the_formula_are_the_anchors(options):
+    correction = LMLCorrection(**options)
+    anchors = directions(correction.rank, seed=17)
+    (g,) = directions(1, seed=18)
+    expected = plain(correction.columns(anchors, g), g, 0.7)
+    assert error(correction(g, anchors, 0.7)[0], expected) < 1e-10
+
+
 def test_history_grows_to_the_rank_and_holds_uncorrected_directions():
     inputs = directions(5, seed=1)
     correct = along(LMLCorrection(rank=3, damping=2.0))
@@ -122,6 +132,15 @@ def test_ema_mixes_the_previous_direction_into_the_anchor(kappa):
         corrected = correct(g)
         expected = g if k == 0 else plain([kappa * inputs[k - 1] + (1 - kappa) * g], g, 0.3)
         assert error(corrected, expected) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ema_of_the_largest_numbers_is_finite(dtype):
+    g = torch.full((2, 5), torch.finfo(dtype).max, dtype=dtype)
+    for kappa in torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist():
+        for previous in (g, -g):
+            corrected, _ = LMLCorrection(1, anchor="ema", kappa=kappa)(g, (previous,), 1.0)
+            assert corrected.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", ["relative", "absolute"])
@@ -196,6 +215,34 @@ def test_float32_agrees_with_a_second_method_in_float64(vectors, exponent, relat
     ]
     spread = max((s[0] / s[s > 1e-9 * s[0]][-1]).item() if s[0] > 0 else 1.0 for s in values)
     assert error(corrected, expected) < 1e-4 + 1e-12 * spread**2
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize("relative", [True, False])
+def test_float32_is_taken_where_it_is_enough_and_only_there(rank, relative, monkeypatch):
+    """At any cosine of the anchors; the damping goes from where float32 fails to far above."""
+    again, scale = [], "relative" if relative else "absolute"
+    monkeypatch.setattr(numerics, "_in_float64", _counting(numerics._in_float64, again))
+    base, *others = directions(rank + 2, seed=19, shape=(32, 3, 8, 8))
+    turn = torch.logspace(-4, 1, 32, dtype=torch.float64)[:, None, None, None]
+    *anchors, g = [(base + turn * other).float() for other in others]
+    doubles = [v.double() for v in (*anchors, g)]
+    for damping in (1e-3, 0.03, 0.1, 0.3, 1.0, rank, 2 * rank, 100.0):
+        again.clear()
+        corrected, _ = LMLCorrection(rank, 1.0, scale)(g, anchors, damping)
+        assert error(corrected, plain(doubles[:-1], doubles[-1], damping, relative)) < 2e-5
+        ratio = corrected.double().flatten(1).norm(dim=1) / doubles[-1].flatten(1).norm(dim=1)
+        assert torch.all((ratio - 1).abs() < 1e-6)
+        if relative and not 0.03 < damping < 1:
+            assert bool(again) == (damping < 1)
+
+
+def _counting(function, calls: list):
+    def counted(*args):
+        calls.append(len(args[0][0]))
+        return function(*args)
+
+    return counted
 
 
 def test_the_naive_float32_formula_fails_where_ours_holds():
@@ -355,7 +402,10 @@ def test_limits_of_the_damping():
 def test_memory_format_does_not_matter():
     inputs = [v.float() for v in directions(3, seed=11)]
     strided = [v.contiguous(memory_format=torch.channels_last) for v in inputs]
-    assert torch.equal(last(LMLCorrection(2), inputs), last(LMLCorrection(2), strided))
+    for damping in (6.0, 1e-6):  # in float32, and in float64
+        corrected = last(LMLCorrection(2, damping), strided)
+        assert torch.equal(last(LMLCorrection(2, damping), inputs), corrected)
+        assert corrected.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradients_flow():

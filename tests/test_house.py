@@ -83,7 +83,7 @@ def test_imports_run_down_the_map_of_the_house():
             assert above <= below, f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", ["lml.correction", "lml.numerics", "lml.damping"])
+@pytest.mark.parametrize("name", ["lml.correction", "lml.numerics", "lml.options", "lml.damping"])
 def test_the_method_needs_torch_alone(name):
     assert packages_of(MODULES[name]) <= {
         "__future__",

@@ -289,11 +289,9 @@ class Hessian(AlongTrajectory):
         for step, ((t, x), correction) in enumerate(path):
             g = correction.direction.double().flatten(1)
             corrected = correction.corrected.double().flatten(1)
-            anchors = [u.double().flatten(1) for u in correction.anchors]
-            if not anchors or correction.damping is None:
+            if not correction.anchors or correction.damping is None:
                 continue
-            if options.anchor == "ema":
-                anchors = [options.kappa * anchors[0] + (1 - options.kappa) * g]
+            anchors = options.columns([u.double().flatten(1) for u in correction.anchors], g)
             samples = zip(x.double(), g, corrected, torch.stack(anchors, 2), strict=True)
             values = [
                 _against_hessian(

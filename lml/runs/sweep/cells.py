@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lml.correction import METHOD_VERSION
 from lml.runs.plan import Plan
 from lml.seals import canonical
 
@@ -51,7 +52,7 @@ class Cell:
             "run": None if self.plan is None else self.plan.folder.path.name,
             "solver": config["solver"]["name"],
             "grid": config["grid"].get("name", "default"),
-            "lml": config["lml"],
+            "lml": {**config["lml"], "method_version": METHOD_VERSION},
             "nfe": config["nfe"],
             "seed": config["seed"],
             "num_images": config["num_images"],
