@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lml import configs, report
+from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import dump_yaml, read_json, write_json
@@ -29,7 +30,8 @@ from lml.runs.records import read_config
 from lml.runs.store import RunFolder
 from lml.seals import canonical, sealed, settings_hash
 
-DEFAULT = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/default.yaml"))
+CONFIG = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/default.yaml"))
+DEFAULT = {**CONFIG, "method_version": METHOD_VERSION}  # as results say it
 LML = {"off": {**DEFAULT, "rank": 0}, "default": DEFAULT, "other": {**DEFAULT, "damping": 16.0}}
 RESULT = {
     "run": "abc",
@@ -250,7 +252,7 @@ def test_labels_of_what_differs_from_the_default(changes, label):
 @pytest.mark.parametrize(("solver", "target"), [("ddim", "direction"), ("unipc", "increment")])
 def test_the_published_setting_is_told_by_its_solver_and_evaluations(solver, target):
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/published.yaml"))
-    options = {**config["lml"], "target": target, "damping": 8e-4}
+    options = {**DEFAULT, **config["lml"], "target": target, "damping": 8e-4}
     assert labels.lml_label(canonical(options), solver, 5) == "published"
     assert labels.lml_label(canonical(options), solver, 8) == "published, damping=0.0008"
     options["damping"] = 1e-3
@@ -278,7 +280,7 @@ def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CONFIGS", tmp_path)
     (tmp_path / "lml").mkdir()
     for name in labels.PRESETS:
-        changed = {**DEFAULT, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
+        changed = {**CONFIG, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
         OmegaConf.save(changed, tmp_path / f"lml/{name}.yaml")
     forget()
     try:
@@ -308,10 +310,10 @@ def test_another_version_of_the_method_is_another_setting(monkeypatch, version, 
     """Runs that do not say theirs are from before there was another."""
     monkeypatch.setattr(labels, "METHOD_VERSION", 1)
     forget()
-    assert labels.lml_label(canonical({**DEFAULT, **version}), "ddim", 5) == label
+    assert labels.lml_label(canonical({**CONFIG, **version}), "ddim", 5) == label
     monkeypatch.setattr(labels, "METHOD_VERSION", 2)
     forget()
-    assert (labels.lml_label(canonical(DEFAULT), "ddim", 5)) == "default, method 1"
+    assert (labels.lml_label(canonical(CONFIG), "ddim", 5)) == "default, method 1"
     forget()
 
 
@@ -324,8 +326,10 @@ def make_run(tmp_path):
 
     def make(lml="off", value=1.0, metrics=None, timing=None, solver="ddim", **more):
         options = {"nfe": 5, "seed": 0, "num_images": 2, "dtype": "float32", **more}
+        options.setdefault("method_version", METHOD_VERSION)
         solver = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/solver/{solver}.yaml"))
         lml = {**DEFAULT, **lml} if isinstance(lml, dict) else LML[lml]
+        lml = {key: value for key, value in lml.items() if key != "method_version"}
         config = {
             "model": {"name": "cifar10"},
             "solver": solver,
