@@ -244,7 +244,7 @@ class FineSolution:
     """What a calibration aims at."""
 
     solver: Text
-    nfe: SeveralEvaluations
+    nfe: SeveralEvaluations | None
 
 
 @dataclass

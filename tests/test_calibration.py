@@ -295,6 +295,14 @@ def test_sample_takes_it_and_has_the_error_that_it_reports(script, made, tmp_pat
     assert again.code == 0 and "all were there" in again.out  # it is the same run
 
 
+@pytest.mark.parametrize(("nfe", "fine"), [(5, 40), (12, 60)])
+def test_the_fine_solution_has_several_times_the_steps(script, tmp_path, nfe, fine):
+    few = [o.replace("=8", "=2") for o in SEARCH if "fine" not in o and "rounds" not in o]
+    assert script("calibrate", *SMALL, *few, f"nfe={nfe}", "rounds=1").code == 0
+    (path,) = files(tmp_path)
+    assert json.loads(path.read_text())["protocol"]["fine"]["nfe"] == fine
+
+
 def test_it_is_the_same_each_time(script, made, tmp_path):
     first = made.read_bytes()
     assert script("calibrate", *SMALL, *SEARCH).code == 0

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from lml.calibration import search
 from lml.calibration.search import Calibration, Objective, Problem, adds_noise, calibrate
 from lml.schedulers.mixin import LMLSchedulerMixin
 
@@ -19,7 +20,7 @@ def calibrate_pipeline(
     prompts: Sequence[str] | None = None,
     num_inference_steps: int = 6,
     samples: int | None = None,
-    fine_steps: int = 50,
+    fine_steps: int | None = None,
     seed: int = 1_000_000,
     batch_size: int = 4,
     ranks: Sequence[int] = (1,),
@@ -38,6 +39,7 @@ def calibrate_pipeline(
             without prompts.
         num_inference_steps: the number of steps that it will be used with.
         samples: in all, by default 32, and at least two.
+        fine_steps: of the fine solution; by default five times as many, and at least 40.
         call: what else the pipeline is called with: `guidance_scale`, `height`, `width` ...
 
     Raises:
@@ -86,7 +88,7 @@ def calibrate_pipeline(
         scheduler,
         num_inference_steps,
         fine,
-        fine_steps,
+        fine_steps or search.fine_steps(num_inference_steps),
         Objective("rmse", flat, flat),
         batch_size,
     )

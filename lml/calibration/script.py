@@ -25,6 +25,7 @@ from lml.calibration.search import (
     Progress,
     adds_noise,
     calibrate,
+    fine_steps,
     most_evaluations,
 )
 from lml.device import use_device
@@ -143,6 +144,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     check(config)
+    config["fine"]["nfe"] = config["fine"]["nfe"] or fine_steps(config["nfe"])
     device = use_device(config["device"], config["threads"])
     with joined():
         model = find_model(config["model"])

@@ -465,6 +465,14 @@ def calibrate(
     )
 
 
+def fine_steps(steps: int) -> int:
+    """How many steps the fine solution has for a calibration of `steps` steps.
+
+    Its own error must be small beside that of the calibrated solver, which shrinks with the steps.
+    """
+    return max(40, 5 * steps)
+
+
 def most_evaluations(
     problem: Problem, searched: int, unseen: int, ranks: Sequence[int], rounds: int
 ) -> int:
