@@ -17,7 +17,12 @@ from lml.data.assets import ROOT
 
 README = ROOT / "README.md"
 STUDY = ROOT / "experiments/calibrated_cifar10"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").glob("**/README.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").glob("**/README.md")),
+]
 COMMAND = re.compile(r"python scripts/(\w+)\.py([^`#]*)")
 SOLVERS = {
     "DDIM": ("ddim", "default"),
@@ -42,6 +47,12 @@ def commands(page: Path) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_every_link_on_a_page_leads_to_a_file(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_every_command_on_a_page_composes(page):
     assert commands(page)
     for script, *arguments in commands(page):
@@ -59,8 +70,8 @@ def test_every_command_on_a_page_composes(page):
                 compose(script, list(cell))
 
 
-def test_the_readme_names_every_option_of_the_groups_in_its_table():
-    text = README.read_text()
+def test_the_docs_name_every_option_of_the_groups():
+    text = (ROOT / "docs/running.md").read_text()
     for group in ("model", "solver", "grid", "prompts", "protocol", "sweep", "metrics"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", text, re.M)
         options = {file.stem for file in (CONFIGS / group).glob("*.yaml")} - {"none"}
