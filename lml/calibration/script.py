@@ -50,7 +50,7 @@ def make_objective(cfg: Mapping[str, Any], model: Model, device: torch.device) -
         network = make(cfg["extractor"], "extractor")
         if not isinstance(network, nn.Module):
             target = cfg["extractor"]["_target_"]
-            raise UserError(f"extractor._target_={target}: a network is asked")
+            raise UserError(f"extractor._target_={target}: expected a network")
         network = network.to(device).eval().requires_grad_(False)
 
         @torch.no_grad()
@@ -80,7 +80,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     """UserError for a config that is not configs/calibrate.yaml's, or can't be calibrated."""
     schema.check(cfg, schema.Calibrate)
     if not cfg["ranks"]:
-        raise UserError("ranks=[]: at least one is asked")
+        raise UserError("ranks=[]: expected at least one")
 
 
 _fine: dict[str, Tensor] = {}  # solutions that the cells of a sweep share

@@ -79,7 +79,7 @@ def find_latent_model(config: Mapping[str, Any]) -> LatentModel:
     scale = config.get("scaling_factor")
     real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if scale is not None and not (real and 0 < scale < math.inf):
-        raise UserError(f"model.scaling_factor={scale}: a number > 0 is asked, or null")
+        raise UserError(f"model.scaling_factor={scale}: expected a number > 0, or null")
     root, key = loading.find_folder(config), loading.describe_key(config)
     folder = next((root / name for name in ("vqvae", "vae") if (root / name).is_dir()), None)
     if folder is None:

@@ -62,7 +62,7 @@ def find_folder(
         return folder
     if not config.get("hub_id"):
         raise UserError(
-            f"{group}.path=null: a folder in diffusers' format is asked, or {group}.hub_id"
+            f"{group}.path=null: expected a folder in diffusers' format, or {group}.hub_id"
         )
     hub_id, revision = str(config["hub_id"]), config.get("revision")
     if download is None:
@@ -160,7 +160,7 @@ def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, A
         raise UserError(f"{key}: {error}; config.json is not a diffusers config") from None
     name = config["_class_name"]
     if name not in classes:
-        raise UserError(f"{key}: a {name}; a {expected} is asked")
+        raise UserError(f"{key}: a {name}; expected a {expected}")
     return config
 
 
@@ -194,7 +194,7 @@ def find_weights(
     """
     if not isinstance(config.get("use_safetensors", True), bool):
         value = config["use_safetensors"]
-        raise UserError(f"{group}.use_safetensors={value}: true or false is asked")
+        raise UserError(f"{group}.use_safetensors={value}: expected true or false")
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: no {folder.name}/config.json in it")
     for suffix in _suffixes(config):
@@ -297,7 +297,7 @@ def make_scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
     """The noise schedule that `model.scheduler` makes. UserError where it makes anything else."""
     made = make_part(config, "model.scheduler")
     if not isinstance(made, SchedulerMixin):
-        raise UserError(f"model.scheduler._target_={config['_target_']}: a scheduler is asked")
+        raise UserError(f"model.scheduler._target_={config['_target_']}: expected a scheduler")
     return made
 
 

@@ -102,7 +102,7 @@ class PixelModel:
             key = loading.describe_key(self.config)
             network = loading.read_network(UNet2DModel, self.weights, dtype, key)
             if network.class_embedding is not None:
-                raise UserError(f"{key}: conditional on a class; an unconditional model is asked")
+                raise UserError(f"{key}: conditional on a class; expected an unconditional model")
             if self.sample_size is not None:
                 network.register_to_config(sample_size=self.sample_size)
         if self.config.get("patch", 1) > 1:
@@ -163,7 +163,7 @@ def find_pixel_model(config: Mapping[str, Any]) -> PixelModel:
     if config.get("network"):
         made = {key: config.get(key) for key in ("network", "scheduler")}
         if made["scheduler"] is None:
-            raise UserError("model.scheduler=null: the noise schedule is asked, of model.network")
+            raise UserError("model.scheduler=null: expected the noise schedule, of model.network")
         scheduler = loading.make_scheduler(made["scheduler"])
         return PixelModel(config["name"], made, scheduler, config)
     patch = config.get("patch", 1)
@@ -193,7 +193,7 @@ def choose_size(asked: int | None, network: Mapping[str, Any], patch: int) -> in
     blocks = len(network.get("down_block_types") or range(4))  # four, where the file doesn't say
     step = patch * 2 ** (blocks - 1)
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < step or asked % step:
-        raise UserError(f"model.sample_size={asked}: null, or a multiple of {step}, is asked")
+        raise UserError(f"model.sample_size={asked}: expected null, or a multiple of {step}")
     return None if asked // patch == network.get("sample_size") else asked // patch
 
 

@@ -61,7 +61,7 @@ class TextModel:
         config, key = self.config, loading.describe_key(self.config)
         offload = config.get("cpu_offload")
         if offload and device.type == "cpu":
-            raise UserError("model.cpu_offload=true: an accelerator is asked to offload from")
+            raise UserError("model.cpu_offload=true: expected an accelerator to offload from")
         if offload and not _is_installed("accelerate"):
             raise UserError(f"model.cpu_offload=true: needs accelerate: {INSTALL}")
         _be_quiet(self.name)
@@ -247,7 +247,7 @@ def find_text_model(config: Mapping[str, Any]) -> TextModel:
         raise UserError(f"{key}: a {name}, which diffusers has not got")
     missing = [part for part in ("vae",) if part not in index]
     if "prompt" not in inspect.signature(pipeline.__call__).parameters or missing:
-        raise UserError(f"{key}: a {name}; a pipeline from text to images is asked")
+        raise UserError(f"{key}: a {name}; expected a pipeline from text to images")
     scheduler, schedule = loading.read_scheduler(root, key, config)
     options = ("guidance_scale", "negative_prompt", "height", "width", "call", "variant")
     networks = {part: _find_part(root, part, key, config) for part in _networks(root)}
@@ -264,18 +264,18 @@ def _check(config: Mapping[str, Any]) -> None:
     scale = config["guidance_scale"]
     real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not real or not math.isfinite(scale) or scale < 0:
-        raise UserError(f"model.guidance_scale={scale}: a number of at least 0 is asked")
+        raise UserError(f"model.guidance_scale={scale}: expected a number of at least 0")
     for key in ("height", "width"):
         value = config.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (whole and value > 0 and value % 8 == 0):
-            raise UserError(f"model.{key}={value}: a multiple of 8 pixels is asked")
+            raise UserError(f"model.{key}={value}: expected a multiple of 8 pixels")
     negative = config.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
-        raise UserError(f"model.negative_prompt={negative}: text is asked, one for all images")
+        raise UserError(f"model.negative_prompt={negative}: expected text, one for all images")
     for key in ("cpu_offload", "slicing", "use_safetensors"):
         if not isinstance(config.get(key, False), bool):
-            raise UserError(f"model.{key}={config[key]}: true or false is asked")
+            raise UserError(f"model.{key}={config[key]}: expected true or false")
 
 
 def _read_index(root: Path, key: str) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def _check_class(value: list, label: str) -> None:
     library, name = value if len(value) == 2 else (None, None)
     if library not in LIBRARIES or not isinstance(name, str):
         libraries = ", ".join(LIBRARIES)
-        raise UserError(f"{label} is of {value!a:.200}; a class of {libraries} is asked")
+        raise UserError(f"{label} is of {value!a:.200}; expected a class of {libraries}")
     if re.match("Auto[A-Z]", name):
         raise UserError(f"{label} is an {name}, which may run code of the model's; name its class")
 
@@ -407,7 +407,7 @@ def _image_hash(path: str | None) -> str:
 
 def _read_control(path: str | None) -> Tensor:
     if path is None:
-        raise UserError("model.control_image=null: the image that the ControlNet follows is asked")
+        raise UserError("model.control_image=null: expected the image that the ControlNet follows")
     file = locate(path)
     if not file.is_file():
         raise UserError(f"model.control_image={path}: no such file")

@@ -74,7 +74,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     observer = observer or Observer()
     run_dir, images = config["run_dir"], config["images"]
     if (run_dir is None) == (images is None):
-        raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
+        raise UserError(f"run_dir={run_dir}: expected one of run_dir and images (images={images})")
     device = use_device(config["device"], config["threads"])
     asked = _of_folder(images) if run_dir is None else _of_run(run_dir, device, observer)
     run, images = asked.run, asked.images

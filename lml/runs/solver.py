@@ -77,7 +77,7 @@ def _find_class(target: str, name: str, model: Model) -> type[SchedulerMixin]:
         reason = first_line(error)
         raise UserError(f"solver.scheduler._target_={target}: {reason}") from None
     if not issubclass(cls, SchedulerMixin):
-        raise UserError(f"solver.scheduler._target_={target}: a scheduler is asked")
+        raise UserError(f"solver.scheduler._target_={target}: expected a scheduler")
     if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
         kind = type(model.scheduler).__name__
         raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")

@@ -143,7 +143,7 @@ class RunFolder:
         if not self.path.exists():
             return None
         if not self.path.is_dir():
-            raise UserError(f"run_dir={self.path}: a file; a folder is asked")
+            raise UserError(f"run_dir={self.path}: a file; expected a folder")
         if all(name.startswith(".") for name in _names(self.path)):
             return None
         settings = read_config(self.path)["settings"]

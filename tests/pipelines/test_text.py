@@ -218,13 +218,13 @@ def test_a_control_image_that_is_none(script, prompts, control, tmp_path, harm, 
 
 
 BAD = {
-    "model.guidance_scale=-1": "model.guidance_scale=-1: a number of at least 0",
+    "model.guidance_scale=-1": "model.guidance_scale=-1: expected a number of at least 0",
     "model.guidance_scale=nan": "model.guidance_scale=nan",
-    "model.height=30": "model.height=30: a multiple of 8",
-    "model.negative_prompt=[a,b]": "model.negative_prompt=['a', 'b']: null or text is asked",
-    "model.slicing=3": "model.slicing=3: true or false",
-    "model.cpu_offload=true": "model.cpu_offload=true: an accelerator",
-    "attention=fast": "attention=fast: null or one of math",
+    "model.height=30": "model.height=30: expected a multiple of 8",
+    "model.negative_prompt=[a,b]": "model.negative_prompt=['a', 'b']: expected null or text",
+    "model.slicing=3": "model.slicing=3: expected true or false",
+    "model.cpu_offload=true": "model.cpu_offload=true: expected an accelerator",
+    "attention=fast": "attention=fast: expected null or one of math",
     "+model.call.magic=1": "model.magic: StableDiffusionPipeline takes no such option",
     "+model.call.clip_skip=1": "model.call: StableDiffusionPipeline fails with clip_skip=1",
     "num_images=4": "num_images=4: prompts=text has 3",
@@ -290,7 +290,7 @@ def edit_index(folder: Path, **entries: str) -> None:
         (no_tokenizer, "no tokenizer in it"),
         (pickled, "no weights in vae .*model.use_safetensors=false"),
         (no_index, "no pipeline in it"),
-        (other_pipeline, "a DDPMPipeline; a pipeline from text to images is asked"),
+        (other_pipeline, "a DDPMPipeline; expected a pipeline from text to images"),
         (unknown_pipeline, "a MagicPipeline, which diffusers has not got"),
     ],
 )

@@ -18,7 +18,7 @@ def find_objective(cfg: Mapping[str, Any]) -> str:
     asked, metrics = cfg["sweep"]["objective"], list(cfg["metrics"])
     if asked is None and len(metrics) != 1:
         choice = f"one of {', '.join(metrics)}" if metrics else "metrics=NAME"
-        raise UserError(f"sweep.objective=null: {choice} is asked")
+        raise UserError(f"sweep.objective=null: expected {choice}")
     name, _, part = (asked or metrics[0]).partition("/")
     if name not in metrics:
         known = nearest(name, metrics) or "none"
@@ -27,7 +27,7 @@ def find_objective(cfg: Mapping[str, Any]) -> str:
     part = part or ("mean" if "mean" in parts else "")  # the metric's value, beside its spread
     if parts and part not in parts:
         choice = " or ".join(f"{name}/{part}" for part in parts)
-        raise UserError(f"sweep.objective={asked or 'null'}: {choice} is asked")
+        raise UserError(f"sweep.objective={asked or 'null'}: expected {choice}")
     return f"{name}/{part}" if part else name
 
 
@@ -44,5 +44,5 @@ def read_objective(cfg: Mapping[str, Any], folder: Path) -> float | None:
     value = entry["value"]
     if isinstance(value, Mapping) != bool(part) or (part and part not in value):
         parts = " or ".join(f"{name}/{key}" for key in value) if isinstance(value, dict) else name
-        raise UserError(f"sweep.objective={objective}: {parts} is asked")
+        raise UserError(f"sweep.objective={objective}: expected {parts}")
     return float(value[part] if part else value)
