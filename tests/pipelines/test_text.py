@@ -190,7 +190,7 @@ def test_a_control_image_is_turned_as_diffusers_turns_it(script, prompts, contro
     Image.fromarray(np.rot90(pixels)).save(tmp_path / "edges.png", exif=exif)
     assert (np.asarray(load_image(str(tmp_path / "edges.png"))) == pixels).all()
     outcome = script("sample", *control, *prompts)
-    assert outcome.code == 0 and "all were there" in outcome.out  # the very same run
+    assert outcome.code == 0 and "all were stored before" in outcome.out  # the very same run
 
 
 def not_an_image(path: Path) -> None:
@@ -242,7 +242,10 @@ def test_bad_input(script, pipelines, prompts, override):
 
 def test_prompts_where_none_are_taken_and_none_where_they_are(script, pipelines, prompts, toy):
     outcome = script("sample", *toy, *prompts)
-    assert (outcome.code, outcome.err) == (2, "prompts: model=cifar10 takes none\n")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "prompts: model=cifar10 takes none; use prompts=none\n",
+    )
     outcome = script("sample", *arguments(pipelines, "sd15"))
     assert outcome.code == 2 and outcome.err.startswith("prompts=none: model=sd15 needs prompts")
 
