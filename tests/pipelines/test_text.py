@@ -206,7 +206,7 @@ def of_another_size(path: Path) -> None:
     [
         (Path.unlink, "no such file"),
         (not_an_image, "not a readable image"),
-        (of_another_size, "20x16 pixels; the images have 16x16"),
+        (of_another_size, "20x16 pixels; expected 16x16"),
     ],
 )
 def test_a_control_image_that_is_none(script, prompts, control, tmp_path, harm, says):
@@ -294,7 +294,7 @@ def edit_index(folder: Path, **entries: str) -> None:
         (pickled, "no weights in vae .*model.use_safetensors=false"),
         (no_index, "no pipeline in it"),
         (other_pipeline, "a DDPMPipeline; expected a pipeline from text to images"),
-        (unknown_pipeline, "a MagicPipeline, which diffusers has not got"),
+        (unknown_pipeline, "a MagicPipeline, which diffusers does not have"),
     ],
 )
 def test_a_pipeline_that_is_none(script, pipelines, prompts, tmp_path, harm, says):

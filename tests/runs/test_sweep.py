@@ -360,7 +360,7 @@ def test_sweeps_of_one_name_add_up(script, tmp_path, capfd):
     path.write_text("cells: [")
     outcome = script("sample", *TOY, "nfe=3,5")
     assert outcome.code == 0 and outcome.err.startswith(
-        "outputs/study/sweep.yaml: not a sweep's file; kept as sweep.yaml.broken, and written anew ("
+        "outputs/study/sweep.yaml: not a sweep's file; kept as sweep.yaml.broken, and written anew"
     )
     assert path.with_name("sweep.yaml.broken").read_text() == "cells: ["
     assert [cell["nfe"] for cell in kept(tmp_path)["cells"]] == [3, 5]
