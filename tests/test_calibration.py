@@ -223,7 +223,7 @@ def test_a_pipeline_without_latents(tiny_model):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"prompts": []}, "at least one is expected"),
+        ({"prompts": []}, "expected at least one, or None"),
         ({"samples": 1}, "samples=1"),
         ({"eta": 1.0}, "adds noise"),
         ({"num_inference_steps": 1}, "single step"),
