@@ -13,12 +13,12 @@ CONFIGS = ROOT / "configs"
 
 
 def compose(*overrides: str, config: str | None = None) -> DictConfig:
-    """What the command line `overrides` makes of configs/`config`.yaml, or, without it, of nothing.
+    """configs/`config`.yaml (or an empty config) with the command line `overrides` applied.
 
-    `compose("+solver=unipc").solver` is that option with all that its `defaults:` bring in. A file
-    that is read by itself lacks them. Raises what Hydra raises for what it cannot compose.
+    `compose("+solver=unipc").solver` is the file of that option, with its `defaults:` merged in.
+    Raises Hydra's own errors.
     """
-    # hydra.compose is for a process in which no Hydra script runs.
+    # hydra.compose works only in a process in which no Hydra script runs.
     loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))
     cfg = loader.load_configuration(config, list(overrides), RunMode.RUN)
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])

@@ -1,21 +1,20 @@
-"""How much damping: the default where none is given, and the damping of each step.
+"""How much damping: the default, and the damping of each step.
 
-The default is for a relative damping, lambda / mean |u|^2. To first order, with the last r
-directions as anchors, g' is g + sum_i (g - u_i) / lambda: the larger the damping, the less LML
-extrapolates. The default is the product of
+The default is a relative damping, lambda / mean |u|^2. To first order, with the last r directions
+as anchors, g' is g + sum_i (g - u_i) / lambda: the larger the damping, the less LML extrapolates.
+For solvers of first order, the default is
 
-    rank (rank + 1)     turns g by half a step's change: what a solver of first order lacks
+    rank (rank + 1)     turns g by half a step's change, which is what such a solver lacks
 
-and, for solvers of a higher order, which extrapolate on their own, of
+Solvers of higher order extrapolate on their own. For them it is the product of this and
 
-    (steps / 5)^3       above 5 steps: what they lack shrinks that fast; so they keep their order
-    SOLVERS[...]        what kind of solver it is
-    GRIDS[...]          16 where the grid is even in log-SNR
+    (steps / 5)^3       above 5 steps, so that they keep their order: what they lack shrinks as fast
+    SOLVERS[...]        for the kind of solver
+    GRIDS[...]          16 if the grid is even in log-SNR
 
-The factors are chosen by their worst case: on two networks, the ideal denoiser, a mixture and a
-Gaussian, 5 to 20 steps, ranks 1 to 3, LML at its default raises the error to the fine solution by
-4 % at most (experiments/README.md). What one model can gain above that is found by
-`lml.calibration`.
+The factors were chosen by their worst case: on two networks, the ideal denoiser, a mixture and a
+Gaussian, with 5 to 20 steps and ranks 1 to 3, the default raises the error to the fine solution by
+4 % at most (experiments/README.md). `lml.calibration` finds what one model can gain.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from collections.abc import Sequence
 from numbers import Real
 
 SOLVERS = {
-    "plain": 2.0,  # singlestep, or multistep in the predicted noise, which is what LML extrapolates
-    "multistep in x0": 8.0,  # the predicted image that a turn of the noise amounts to turns further
+    "plain": 2.0,  # singlestep, or multistep in the noise, which LML extrapolates, too
+    "multistep in x0": 8.0,  # when the noise turns, the predicted image turns further
     "predictor-corrector": 16.0,  # the corrector uses each prediction a second time
     "Heun": 32.0,  # every other prediction is at the end of a step, which LML would overshoot
     "Adams-Bashforth": 256.0,  # the formula of fourth order multiplies what the correction adds
 }
-# By the option that chooses the grid. Their steps in the middle of a trajectory, where the image is
-# decided, are so long that solvers of higher orders extrapolate too far on their own.
+# By the option that chooses the grid. These grids have long steps in the middle of a trajectory,
+# where the image is decided. There, solvers of higher order already extrapolate too far.
 GRIDS = {
     "use_karras_sigmas": 16.0,
     "use_exponential_sigmas": 16.0,
@@ -44,14 +43,14 @@ GRIDS = {
 def default_damping(
     rank: int, steps: int = 0, order: int = 1, solver: str = "plain", grid: str | None = None
 ) -> float:
-    """The relative damping where none is given.
+    """The relative damping that is used if the option `damping` is None.
 
     Args:
         rank: the number of anchors.
-        steps: of the trajectory.
-        order: with which the solver converges.
+        steps: the number of steps.
+        order: the solver's order of convergence.
         solver: a key of `SOLVERS`.
-        grid: a key of `GRIDS`, or None for one that is even in time.
+        grid: a key of `GRIDS`, or None for a grid that is even in time.
     """
     half_a_step = max(1, rank * (rank + 1))
     if order == 1:
@@ -62,15 +61,15 @@ def default_damping(
 def damping_of_steps(
     damping: float | Sequence[float | None], last: float, timesteps: Sequence[float]
 ) -> tuple[float | None, ...]:
-    """The damping of each step; None for a step that is left as it is.
+    """The damping of each step; None for a step without correction.
 
     Args:
-        damping: one for all steps, or one for each.
-        last: the timestep at and above which nothing is corrected.
-        timesteps: of the steps.
+        damping: one number for all steps, or a list with one for each step.
+        last: no correction at timesteps >= last.
+        timesteps: the timestep of each step.
 
     Raises:
-        ValueError: `damping` is a list for another number of steps.
+        ValueError: `damping` is a list of another length.
     """
     dampings = one_for_each_step("damping", damping, len(timesteps))
     return tuple(
@@ -80,9 +79,9 @@ def damping_of_steps(
 
 
 def one_for_each_step(name: str, value: object, steps: int) -> tuple:
-    """The list `value`, or `value` for every step. ValueError: a list for another number of steps.
+    """`value` if it is a list, otherwise `value` for every step. ValueError: a list not of `steps`.
 
-    `name` is what the option is called.
+    `name` is the name of the option.
     """
     if not isinstance(value, Sequence):
         return (value,) * steps
@@ -97,5 +96,5 @@ def is_damping(value: object) -> bool:
 
 
 def is_real(value: object) -> bool:
-    """Whether `value` is a real number, of whatever library."""
+    """Whether `value` is a real number, of any library."""
     return isinstance(value, Real) and not isinstance(value, bool)

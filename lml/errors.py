@@ -1,4 +1,4 @@
-"""What a user has to know, said in one line."""
+"""Errors and messages for the user, one line each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class RunError(UserError):
-    """A run that cannot go on, for a reason outside the program. The message is one line."""
+    """A run cannot continue, for a reason outside the program. The message is one line."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -24,13 +24,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's text that says something, or else the name of its class."""
+    """The first line of an error's text that is not empty, or the name of its class."""
     lines = [line.strip() for line in str("" if error is None else error).splitlines()]
     return next(filter(None, lines), "" if error is None else type(error).__name__)
 
 
 def say(line: str) -> None:
-    """Write one line to stderr, with the rank of this process where there are several."""
+    """Write one line to stderr, with the rank of this process if there are several."""
     several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1") and "RANK" in os.environ
     rank = f"[rank {os.environ['RANK']}] " if several else ""
     print(f"{rank}{line}", file=sys.stderr, flush=True)

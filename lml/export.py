@@ -39,7 +39,7 @@ def export(cfg: DictConfig) -> str:
     check_output(out, "out")
     layout = make(config["layout"], "layout")
     if (run_dir is None) == (not config["prompts"]):
-        raise UserError(f"run_dir={run_dir}: either a run or prompts=NAME is asked")
+        raise UserError(f"run_dir={run_dir}: expected either a run or prompts=NAME")
     if run_dir is None:
         prompts = load(config["prompts"])
     else:

@@ -1,4 +1,4 @@
-"""Files by their content, and files that somebody else made: data, which is never executed."""
+"""Reads and writes files. What somebody else made is read as data and never executed."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from lml.errors import RunError, UserError, first_line
 from lml.schema import find_problem, shown
 
 NAME_MAX = 255  # bytes of a file name, on all common file systems
-PATH_MAX = 3800  # bytes of a path: Linux takes 4095, and names are put behind it
+PATH_MAX = 3800  # bytes of a path: Linux takes 4095, and names are appended to it
 UNPACKED_MAX = 2**32  # bytes: features of 250,000 images, 4,096 numbers each in float32
-DEPTH = 64  # of groups in groups: nothing that we read has a tenth of it
+DEPTH = 64  # levels of nested groups, ten times as many as in any file of ours
 TOO_DEEP = "nested too deep"
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """The file `path`, to be read in binary. OSError for a pipe, a device, a socket, a folder.
+    """Open the file `path` for binary reading. OSError for a pipe, a device, a socket, a folder.
 
-    Opening a pipe would otherwise wait for somebody to write to it.
+    An ordinary `open` of a pipe would wait until something writes to it.
     """
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(number).st_mode
@@ -45,16 +45,16 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def open_arrays(path: str | Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of an .npz, by name; each is read when it is asked for.
+    """The arrays of an .npz file by name; each is read when it is used.
 
-    Zeros pack well: ValueError when the arrays unpack to more than `UNPACKED_MAX`. OSError as
-    `open_regular`, and what NumPy raises for a file that is none.
+    ValueError when the arrays unpack to more than `UNPACKED_MAX` bytes, which even a small file
+    can. OSError as `open_regular`. NumPy's own errors for a file that is no .npz file.
     """
     with open_regular(path) as file:
         with zipfile.ZipFile(file) as archive:
             size = sum(part.file_size for part in archive.infolist())
         if size > UNPACKED_MAX:
-            raise ValueError(f"it unpacks to {size:,} bytes; {UNPACKED_MAX:,} are the most")
+            raise ValueError(f"it unpacks to {size:,} bytes; at most {UNPACKED_MAX:,} are read")
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             yield arrays
@@ -67,17 +67,17 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The same in UTF-8; ValueError for what is no text."""
+    """The text of a regular file in UTF-8. OSError as `open_regular`; ValueError for other data."""
     return read_bytes(path).decode("utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path, durable: bool = True, apart: Path | None = None) -> Iterator[BinaryIO]:
-    """A new file that becomes `path` at the end of the block, or leaves what was there.
+    """A new file that replaces `path` at the end of the block; after an error the old file stays.
 
-    With `durable` the disk has its content before it has the name, so that after a power cut no
-    file says what isn't so. Until then it lies in the same folder, or in `apart` on the same disk.
-    OSError when the disk is full or read-only.
+    With `durable`, the content is on the disk before the file gets its name, so that a power cut
+    leaves no file with wrong content. Until then the new file is in the same folder, or in `apart`
+    on the same disk. OSError when the disk is full or read-only.
     """
     name = f".{path.name}.{os.getpid()}.tmp" if apart is None else f".{os.getpid()}.tmp"
     partial = (apart or path.parent) / name
@@ -95,9 +95,9 @@ def replacing(path: Path, durable: bool = True, apart: Path | None = None) -> It
 
 
 def write_atomic(path: Path, data: bytes | str, key: str = "run_dir", durable: bool = True) -> None:
-    """Write the whole file or leave what was there, as `replacing` does.
+    """Write the whole file, or leave the old one, as `replacing` does.
 
-    RunError when the disk is full or read-only; `key` is what the user gave the folder as.
+    RunError when the disk is full or read-only; it names `key`, which set the folder.
     """
     data = data.encode() if isinstance(data, str) else data
     try:
@@ -108,19 +108,19 @@ def write_atomic(path: Path, data: bytes | str, key: str = "run_dir", durable: b
 
 
 def write_json(path: Path, value: Any, key: str = "run_dir") -> None:
-    """`value` as indented JSON, written like `write_atomic`."""
+    """Write `value` as indented JSON, as `write_atomic` does."""
     write_atomic(path, json.dumps(value, indent=2) + "\n", key)
 
 
 def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
-    """What to say of a folder that could not be written to."""
+    """The error for a folder that cannot be written to."""
     full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-    remedy = f"free some space, or choose another {key}" if full else "a writable folder is asked"
+    remedy = f"free some space, or choose another {key}" if full else "expected a writable folder"
     return RunError(f"{key}={folder}: {error.strerror or error}; {remedy}")
 
 
 def load_json(source: str | Path) -> Any:
-    """What a JSON file, or text of JSON, says. OSError or ValueError when it can't be read."""
+    """The value in a JSON file, or in JSON text. OSError or ValueError when it can't be read."""
     text = read_text(source) if isinstance(source, Path) else source
     try:
         return _shallow(json.loads(text))
@@ -129,7 +129,7 @@ def load_json(source: str | Path) -> Any:
 
 
 def _shallow(value: Any) -> Any:
-    """`value`. ValueError for one that whoever walks down it would not come back from."""
+    """Return `value`. ValueError when it is nested deeper than `DEPTH`: recursion would fail."""
     level = [value]
     for _ in range(DEPTH):
         groups = [group for group in level if isinstance(group, (dict, list))]
@@ -140,10 +140,10 @@ def _shallow(value: Any) -> Any:
 
 
 def read_object(path: Path, schema: Any = None) -> dict[str, Any]:
-    """The object in a JSON file, or in a YAML file by its suffix, as `schema` (a hint) says.
+    """The object in a JSON file, or in a YAML file by its suffix, checked by the hint `schema`.
 
-    FileNotFoundError when there is none, and UserError, naming the file and the key, when it can't
-    be read, is no object, or holds what it should not.
+    FileNotFoundError when there is no file. UserError, naming the file and the key, when it can't
+    be read, is no object, or does not fit `schema`.
     """
     try:
         value = load_yaml(path) if path.suffix == ".yaml" else load_json(path)
@@ -160,7 +160,7 @@ def read_object(path: Path, schema: Any = None) -> dict[str, Any]:
 
 
 def read_json(path: Path, schema: Any = None) -> dict[str, Any]:
-    """The JSON object in `path`; {} when the file is missing, broken, or not as `schema` says."""
+    """The JSON object in `path`; {} when the file is missing, broken, or does not fit `schema`."""
     try:
         return read_object(path, schema)
     except (FileNotFoundError, UserError):
@@ -176,9 +176,9 @@ class _NoAliases:
 
 
 def load_yaml(path: Path, loader: type = yaml.SafeLoader) -> Any:
-    """What a YAML file says. OSError or ValueError when it can't be read, or has aliases.
+    """The value in a YAML file. OSError or ValueError when it can't be read, or has aliases.
 
-    A few lines of aliases of aliases are a value that fills the memory. `loader` is a safe one.
+    A few lines of aliases of aliases can fill the memory. `loader` must be a safe one.
     """
     try:
         text = read_text(path)
@@ -195,26 +195,26 @@ class _Repeating(yaml.SafeDumper):
 
 
 def dump_yaml(value: Any) -> str:
-    """`value` as YAML that `load_yaml` reads: what is at several places is written at each."""
+    """`value` as YAML that `load_yaml` reads: without aliases, so repeated parts are repeated."""
     return yaml.dump(value, Dumper=_Repeating, sort_keys=False, allow_unicode=True)
 
 
 def _is_text(name: str) -> bool:
-    """Whether it has no control characters, nor halves of UTF-16 characters."""
+    """Whether `name` has no control characters and no halves of UTF-16 characters."""
     return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
 def plain_name(name: Any, label: str) -> str:
-    """`name`, to be put behind a folder's path. UserError unless it is that of a file in it.
+    """Return `name` if it can name a file inside a folder. UserError otherwise.
 
-    So: text without separators (of any system) and control characters, neither "." nor "..", and
-    not longer than names may be. `label` begins the message.
+    It must be text without separators (of any system) and control characters, neither "." nor
+    "..", of at most `NAME_MAX` bytes. The message begins with `label`.
     """
     plain = isinstance(name, str) and name not in ("", ".", "..")
     plain = plain and PureWindowsPath(name).name == name
     plain = plain and _is_text(name)
     if not plain or len(name.encode()) > NAME_MAX:
-        raise UserError(f"{label}={name!a:.200}: a plain name is asked, of one file or folder")
+        raise UserError(f"{label}={name!a:.200}: expected a plain name of one file or folder")
     return name
 
 
@@ -225,8 +225,8 @@ def check_path(path: str, label: str) -> None:
         len(part.encode(errors="surrogatepass")) <= NAME_MAX for part in Path(path).parts
     ):
         return
-    limits = f"of names of at most {NAME_MAX} bytes"
-    raise UserError(f"{label}={shown(path)}: a path is asked, {limits}")
+    limits = f"with names of at most {NAME_MAX} bytes"
+    raise UserError(f"{label}={shown(path)}: expected a path {limits}")
 
 
 def file_hash(path: Path) -> str:
@@ -239,7 +239,7 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """The same; the hub's cache names large files by it, which saves reading."""
+    """sha256 of a file of weights. The hub's cache names large files by it, which saves reading."""
     if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name := path.resolve().name):
         return name
     return file_hash(path)

@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from lml.errors import UserError, first_line
 from lml.schema import Made, check, check_call
 
-# What Hydra finds wrong with a `_target_` it says in an error, too.
+# Hydra logs what is wrong with a `_target_`, but its error says the same.
 logging.getLogger("hydra").addHandler(logging.NullHandler())
 
-# What the config of somebody else's run may have made: these, and the schedulers in these modules.
-# Their arguments are numbers, names, and paths of data.
+# A run's config may come from somebody else. It may make only these, and the schedulers of these
+# modules. Their arguments are numbers, names, and paths of data.
 TARGETS = (
     "lml.data.prompts.coco14_30k",
     "lml.data.prompts.t2i_compbench",
@@ -34,9 +34,10 @@ SCHEDULERS = ("diffusers", "lml.schedulers", "lml.schedulers.released")
 
 
 def make(config: Mapping[str, Any], label: str) -> Any:
-    """What the `_target_` of `config` makes. UserError, beginning with `label`, when it can't.
+    """The object that the `_target_` of `config` makes.
 
-    Arguments are held against the hints of what is called, at any depth.
+    Arguments are checked against the type hints of what is called, at any depth. UserError,
+    beginning with `label`, when the object cannot be made.
     """
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
@@ -52,14 +53,14 @@ def make(config: Mapping[str, Any], label: str) -> Any:
 
 
 def check_arguments(config: Any, key: str) -> None:
-    """UserError, naming a key below `key`, for an argument of a type that is not taken."""
+    """UserError, naming the key, for an argument of a wrong type. `config` is at `key`."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             check_arguments(value, f"{key}.{name}")
         if "_target_" in config:
             check(config, Made, key)
             target = None
-            with contextlib.suppress(Exception):  # whatever an import raises; Hydra will say it
+            with contextlib.suppress(Exception):  # whatever the import raises, Hydra reports it
                 target = get_object(config["_target_"])
             if callable(target):
                 check_call(target, config, key)
@@ -69,24 +70,26 @@ def check_arguments(config: Any, key: str) -> None:
 
 
 def check_targets(config: Any, label: str, key: str = "") -> None:
-    """UserError, beginning with `label`, for a `_target_` that is not on the list, at any depth.
+    """UserError, beginning with `label`, for a `_target_` that is not listed above, at any depth.
 
-    Nor may there be interpolations, since they can make one.
+    Interpolations are errors, too, since they could produce a `_target_`.
     """
     if isinstance(config, Mapping):
         for name, value in config.items():
             check_targets(value, label, f"{key}.{name}" if key else str(name))
         if "_target_" in config and not _is_listed(config["_target_"]):
             raise UserError(
-                f"{label}: {key}._target_={config['_target_']!a:.200} is none of lml's models, "
-                "solvers and prompts; nothing else is made from a run's config.yaml; "
-                "scripts/sample.py takes it and the metrics together"
+                f"{label}: {key}._target_={config['_target_']!a:.200}: not one of lml's models, "
+                "solvers and prompts, and a run's config.yaml may make nothing else; "
+                "to use your own class, run scripts/sample.py with the metrics"
             )
     elif isinstance(config, list):
         for number, value in enumerate(config):
             check_targets(value, label, f"{key}.{number}")
     elif isinstance(config, str) and "${" in config:
-        raise UserError(f"{label}: {key}={config!a:.200}: a run's config.yaml has its values")
+        raise UserError(
+            f"{label}: {key}={config!a:.200}: an interpolation; expected the value that the run had"
+        )
 
 
 def _is_listed(target: Any) -> bool:
@@ -97,6 +100,6 @@ def _is_listed(target: Any) -> bool:
 
 
 def is_scheduler(module: str, name: Any) -> bool:
-    """Whether `name` is that of a scheduler's class in `module`, one of `SCHEDULERS`."""
+    """Whether `name` is a class of schedulers in `module`, one of `SCHEDULERS`."""
     member = getattr(importlib.import_module(module), name, None) if isinstance(name, str) else None
     return isinstance(member, type) and issubclass(member, SchedulerMixin)

@@ -1,4 +1,4 @@
-"""The options of `lml.correction.LMLCorrection`: their ranges, and what they say of each step."""
+"""The options of `lml.correction.LMLCorrection`: their ranges, and their values at each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANCHORS = ("history", "ema")
 
 
 class Options(nn.Module):
-    """What `lml.correction.LMLCorrection` is made with; it says what each of them means.
+    """The options of `lml.correction.LMLCorrection`, which explains each of them.
 
     Raises:
         ValueError: an option is out of its range.
@@ -64,19 +64,19 @@ class Options(nn.Module):
     ) -> tuple[float | None, ...]:
         """The damping of each step at `timesteps` in [0, T]; see `lml.damping.damping_of_steps`.
 
-        `default` is the damping where the options give none, `num_train_timesteps` is T.
+        `default` is used when the option is None; `num_train_timesteps` is T.
         """
         damping = default if self.damping is None else self.damping
         last = (1 - self.freeze) * num_train_timesteps if self.freeze else math.inf
         return damping_of_steps(damping, last, timesteps)
 
     def lengths(self, steps: int) -> tuple[float, ...]:
-        """The length of each of so many steps. ValueError: the option is a list for others."""
+        """The length of each of `steps` steps. ValueError: the option is a list of another size."""
         return one_for_each_step("length", self.length, steps)
 
 
 def _checked(**options: object) -> dict:
-    """The options with int and float for the numbers, so that a config of NumPy's can be saved."""
+    """The options, checked. NumPy's numbers become int and float, so that they can be saved."""
     for name, (is_valid, allowed) in RULES.items():
         value = options[name]
         if name in LISTS and _is_list(value):
@@ -120,7 +120,7 @@ def _with_floats(value: object) -> object:
 
 
 A_NUMBER = "a finite number > 0, or a list with one for each step"
-RULES = {  # by name, in the order in which they are checked: what is valid, in code and in words
+RULES = {  # by name, in the order of checking: what is valid, in code and in words
     "rank": (_is_rank, "a whole number >= 0"),
     "damping": (_or_none(is_damping), A_NUMBER),
     "length": (is_damping, A_NUMBER),

@@ -1,4 +1,4 @@
-"""The processes that torchrun started: joining them, and deciding things in the first."""
+"""The processes that torchrun started: they join, exchange values, and follow the first."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def joined() -> Iterator[None]:
     if world <= 1 or dist.is_initialized():
         yield
         return
-    # Shares are unequal, and torchrun ends the others when one fails: so wait as long as it takes.
+    # The timeout is long, since shares are unequal. If a process fails, torchrun ends the others.
     try:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     except ValueError as error:
         reason = first_line(error)
-        raise UserError(f"WORLD_SIZE={world}: torchrun sets more than that ({reason})") from None
+        line = f"WORLD_SIZE={world}: torchrun sets other variables, too ({reason}); use torchrun"
+        raise UserError(line) from None
     try:
         yield
     finally:
@@ -33,18 +34,18 @@ def joined() -> Iterator[None]:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_first() -> bool:
-    """Whether this is the first process of those that torchrun started, joined or not yet."""
+    """Whether this is the first process that torchrun started; also before `joined`."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
     return rank == 0
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """What `function` returns or raises in the first process, in all of them."""
+    """Call `function` in the first process. All return its value, or raise its UserError."""
     rank, world = rank_and_world()
     if world == 1:
         return function()
@@ -63,7 +64,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every process, in all of them."""
+    """The values of all processes, by rank. Every process gets the list."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
@@ -76,4 +77,4 @@ def _collective(function: Callable, *args: Any) -> None:
     try:
         function(*args)
     except RuntimeError:  # gloo's "connection closed by peer", in its many wordings
-        raise RunError("another process has ended; its own line says why") from None
+        raise RunError("another process has ended; see its own message") from None

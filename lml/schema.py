@@ -1,10 +1,11 @@
 """What every config, and every file that the project reads, may hold: types, ranges, and why.
 
-A schema is a dataclass. A field's type hint says what is taken, its default that it may be missing.
-Keys that a schema doesn't name are let through: whoever uses them says what it thinks of them.
+A schema is a dataclass. The type hint of a field says which values are allowed. A field with a
+default may be missing. Keys that a schema doesn't name are not checked here, but where they are
+used.
 
-`check` holds a config against its schema before anything is made of it, lml.files.read_object a
-file, and `check_call` the arguments of whatever a `_target_` names against its signature.
+`check` checks a config before anything is made of it, `lml.files.read_object` checks a file, and
+`check_call` checks the arguments of a `_target_` against its signature.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHOWN = 80  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` (or above it) to `high`, and why no higher."""
+    """Numbers from `low` (itself not, if `above`) to `high`; `why` says why no higher."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -37,7 +38,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Form:
-    """Text that the expression matches whole, and how it is called."""
+    """Text that `expression` matches as a whole; messages call it `called`."""
 
     expression: str
     called: str
@@ -50,24 +51,24 @@ Count = Annotated[int, Range(1)]
 # manifest.json names every image of a run
 Images = Annotated[int, Range(1, 10**7, "a run's files are listed and hashed one by one")]
 Batch = Annotated[int, Range(1, 10**7, "no more images than a run can have")]
-Threads = Annotated[int, Range(1, 1024, "of more the system starts none, and the process ends")]
+Threads = Annotated[int, Range(1, 1024, "the system starts no more, and the process ends")]
 Pixels = Annotated[int, Range(1, 2**14, "a larger image's noise alone fills the memory")]
 Seed = Annotated[int, Range(0, 2**62, "seeds are numbers of 64 bits, and image i has seed + i")]
-Evaluations = Annotated[int, Range(1, 10**6, "no noise schedule has as many timesteps")]
-# Of one evaluation LML has no anchor.
-SeveralEvaluations = Annotated[int, Range(2, 10**6, "no noise schedule has as many timesteps")]
+Evaluations = Annotated[int, Range(1, 10**6, "no noise schedule has so many timesteps")]
+# With one evaluation, LML has no anchor.
+SeveralEvaluations = Annotated[int, Range(2, 10**6, "no noise schedule has so many timesteps")]
 Samples = Annotated[int, Range(1, 10**5, "they are held in memory")]
-Steps = Annotated[int, Range(1, 10**12, "no training takes as long")]
+Steps = Annotated[int, Range(1, 10**12, "no training takes so long")]
 Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
 Text = Annotated[str, Form(r"[^\x00-\x1f\x7f\ud800-\udfff]+", "text on one line")]
-# Of a folder under outputs/, which it does not lead out of.
+# A folder under outputs/; the name cannot lead out of it.
 Name = Annotated[
     str,
     Form(r"(?!/|(.*/)?\.\.?(/|$))[^\x00-\x1f\x7f\ud800-\udfff\\]{1,200}", "a folder's name"),
 ]
-# lml.files.check_path says more.
+# lml.files.check_path checks the rest.
 FilePath = Annotated[str, Form(r"[^\x00\ud800-\udfff]+", "a path")]
 Target = Annotated[
     str, Form(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", "the dotted name of a class or function")
@@ -80,7 +81,7 @@ CalibrationObjective = Literal["rmse", "features"]
 
 @dataclass
 class Made:
-    """What a `_target_` makes; `check_call` knows the rest."""
+    """A group with a `_target_`; `check_call` checks its arguments."""
 
     _target_: Target
 
@@ -99,10 +100,10 @@ class Schedule(Made):
 
 @dataclass
 class Exact(Made):
-    """A model whose score is known."""
+    """A model whose score is known in closed form."""
 
     sample_size: Annotated[int, Range(1, 128, "its covariance has (3 * size^2)^2 entries")] = 16
-    in_channels: Annotated[int, Range(1, 64, "its covariance is as many times larger")] = 3
+    in_channels: Annotated[int, Range(1, 64, "its covariance grows with the square")] = 3
     seed: Seed = 0
     components: Annotated[int, Range(1, 10**4, "each is held in memory")] = 1
     rank: Annotated[int, Range(1, 10**4, "each factor is held in memory")] = 1
@@ -114,7 +115,7 @@ class Exact(Made):
 
 @dataclass
 class Place:
-    """Where a network's files lie."""
+    """Where a network's files are."""
 
     path: FilePath | None = None
     hub_id: Text | None = None
@@ -125,14 +126,14 @@ class Place:
 
 @dataclass
 class Model(Place):
-    """Of all kinds; lml.pipelines says what each asks."""
+    """A model of any kind; lml.pipelines checks what each kind needs."""
 
     _: dataclasses.KW_ONLY
     name: Text
     kind: Literal["pixel", "latent", "text"] = "pixel"
     network: Exact | None = None
     scheduler: Schedule | None = None
-    patch: Annotated[int, Range(1, 256, "no image is a multiple of as many pixels")] = 1
+    patch: Annotated[int, Range(1, 256, "no image is a multiple of so many pixels")] = 1
     sample_size: Pixels | None = None
     scaling_factor: Positive | None = None
     guidance_scale: NotNegative = 0.0
@@ -148,7 +149,7 @@ class Model(Place):
 
 @dataclass
 class Solver:
-    """Its options are those of its class, see `check_call`."""
+    """A solver. Its options are those of its class; `check_call` checks them."""
 
     name: Text
     scheduler: Made
@@ -158,7 +159,7 @@ class Solver:
 
 @dataclass
 class Grid:
-    """What else is in it are options of the solver."""
+    """A grid of timesteps. Its other keys are options of the solver."""
 
     name: Text | None = None
     of_model: bool = False
@@ -166,7 +167,7 @@ class Grid:
 
 @dataclass
 class LML:
-    """Ranges that hang together are lml.correction's to check."""
+    """LML's options. lml.options checks those that depend on one another."""
 
     rank: Whole
     damping: Positive | list[Positive | None] | None = None
@@ -177,25 +178,25 @@ class LML:
     norm_preserving: bool = True
     freeze: Share = 0.0
     length: Positive | list[Positive] = 1.0
-    calibration: FilePath | None = None  # these two are of lml=calibrated alone
+    calibration: FilePath | None = None  # only lml=calibrated has this one and the next
     objective: CalibrationObjective = "rmse"
 
 
 @dataclass
 class Logger:
-    """Of wandb the rest."""
+    """A logger. All keys but the name are wandb's."""
 
     name: Literal["none", "wandb"]
     project: Text | None = None
     entity: Text | None = None
-    mode: Text = "auto"  # wandb knows which there are
+    mode: Text = "auto"  # wandb checks it
     group: Text | None = None
     tags: list[Text] | None = None
 
 
 @dataclass
 class Search:
-    """What a sweep is about."""
+    """What a sweep searches for."""
 
     objective: Text | None
     num_images: Images | None
@@ -241,7 +242,7 @@ class Sample(Searching):
 
 @dataclass
 class FineSolution:
-    """What a calibration aims at."""
+    """The solution that a calibration aims at."""
 
     solver: Text
     nfe: SeveralEvaluations | None
@@ -256,7 +257,7 @@ class Calibrate:
     searched: Samples
     unseen: Samples
     seed: Seed
-    ranks: list[Annotated[int, Range(1, 64, "as many directions are held in memory")]]
+    ranks: list[Annotated[int, Range(1, 64, "so many directions are held in memory")]]
     rounds: Annotated[int, Range(1, 10**6)]
     fine: FineSolution
     extractor: Made
@@ -294,7 +295,7 @@ class Evaluate:
 
 @dataclass
 class Tabulate:
-    """configs/tabulate.yaml, of which the rest is configs/sample.yaml and is not used."""
+    """configs/tabulate.yaml. It also has the keys of configs/sample.yaml, which are not used."""
 
     name: Name
     runs: FilePath | None
@@ -314,25 +315,25 @@ class Export:
 
 @dataclass
 class Budget:
-    """How much and how to train. `images` is the total over all sittings, however long each is."""
+    """How much and how to train. `images` is the total, however often training is interrupted."""
 
     images: Steps = 3_000_000
     batch_size: Batch = 128
     lr: Positive = 4e-4
     weight_decay: NotNegative = 0.0
     warmup: Annotated[int, Range(1, 10**9)] = 500  # steps
-    decay_from: Share = 0.6  # the share of the images after which the rate falls linearly to 0
-    ema_inv_gamma: Positive = 8.0  # the average reaches back over the last eighth of the steps
+    decay_from: Share = 0.6  # after this share of the images the rate falls linearly to 0
+    ema_inv_gamma: Positive = 8.0  # the average covers about the last eighth of the steps
     compile: bool = True
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto is whichever is faster here
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one on this machine
     save_minutes: NotNegative = 5.0
-    report_every: Count = 10  # checkpoints; what takes time is measured then, and at the end
+    report_every: Count = 10  # checkpoints; slow measurements are made then, and at the end
     seed: Seed = 0
 
 
 @dataclass
 class Data:
-    """Where CIFAR-10 lies."""
+    """Where CIFAR-10 is."""
 
     path: FilePath | None
     download: bool
@@ -352,7 +353,7 @@ class Train:
 
 @dataclass
 class Timesteps:
-    """How training draws them."""
+    """How training draws its timesteps."""
 
     uniform: Share
     log_sigma_mean: Annotated[float, Range(-100, 100)]
@@ -377,9 +378,9 @@ class UNet(Made):
 
 @dataclass
 class TrainingSchedule(Made):
-    """The noise schedule to train with; what training reports are images of 20 evaluations."""
+    """The noise schedule to train with. Training reports on images made with 20 evaluations."""
 
-    num_train_timesteps: Annotated[int, Range(20, 10**6, "no training sees as many")] = 1000
+    num_train_timesteps: Annotated[int, Range(20, 10**6, "no training sees so many")] = 1000
 
 
 @dataclass
@@ -416,7 +417,7 @@ class Benchmark:
     threads: Threads | None
     out: FilePath | None
     shape: list[Annotated[int, Range(1, 2**20, "tensors of it are held in memory")]]
-    ranks: list[Annotated[int, Range(1, 64, "as many tensors are held in memory")]]
+    ranks: list[Annotated[int, Range(1, 64, "so many tensors are held in memory")]]
     repeats: Annotated[int, Range(1, 10**6)]
     settings: list[Literal["float32", "bfloat16", "compiled"]]
     nfe: Evaluations
@@ -429,7 +430,7 @@ class Benchmark:
 
 
 def of_script(name: str, config: Mapping[str, Any]) -> type:
-    """The schema of configs/`name`.yaml, as far as `config` chooses among several."""
+    """The schema of configs/`name`.yaml. For training, it depends on the task in `config`."""
     if name == "train":
         tasks = {"denoiser": TrainDenoiser, "features": TrainFeatures}
         task = config.get("task")
@@ -465,7 +466,7 @@ class RunConfig:
 
 @dataclass
 class WholeRunConfig(RunConfig):
-    """The same, to make the run again."""
+    """config.yaml of a run, with all that is needed to make it again."""
 
     name: str
     batch_size: Count
@@ -489,7 +490,7 @@ class Manifest:
 
 @dataclass
 class Seconds:
-    """Of a run, by what took them."""
+    """The seconds of a run, by part of the work."""
 
     network: NotNegative
     correction: NotNegative
@@ -507,12 +508,12 @@ class Timing:
     processes: Count
     threads: Count
     device: str
-    seal: Any = None  # lml.seals.why_not_sealed says what it thinks of it
+    seal: Any = None  # lml.seals.why_not_sealed checks it
 
 
 @dataclass
 class Score:
-    """What one metric says in metrics.json."""
+    """The entry of one metric in metrics.json."""
 
     value: float | dict[str, float | None]
     protocol: dict[str, Any]
@@ -520,12 +521,12 @@ class Score:
     seconds: float = 0.0
     steps: dict[str, list[float | None]] | None = None
     config_sha256: Sha256 | None = None
-    seal: Any = None  # lml.seals.why_not_sealed says what it thinks of it
+    seal: Any = None  # lml.seals.why_not_sealed checks it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run that a sweep asks for, in sweep.yaml."""
+    """A run of a sweep, in sweep.yaml."""
 
     overrides: list[str]
     run: str | None  # name of its folder
@@ -551,14 +552,14 @@ class SweepFile:
 
 @dataclass
 class Error:
-    """Of one choice of a calibration, on samples that it was not searched with."""
+    """The error of one choice of a calibration, on samples that the search did not see."""
 
     unseen: float
 
 
 @dataclass
 class Errors:
-    """By choice."""
+    """The errors of a calibration's choices."""
 
     off: Error
     default: Error
@@ -567,7 +568,7 @@ class Errors:
 
 @dataclass
 class Choice:
-    """One number a step; see lml.calibration.search."""
+    """A damping and a length for each step; see lml.calibration.search."""
 
     rank: Whole
     damping: list[Positive | None] | None
@@ -588,7 +589,7 @@ class CalibrationFile:
 
 @dataclass
 class SearchState:
-    """Of one search, as lml.calibration.search has it."""
+    """The state of one search; see lml.calibration.search."""
 
     rank: Count
     steps: Count
@@ -610,7 +611,7 @@ class CalibrationState:
 
 @dataclass
 class Extractor:
-    """What made features, by name and the hash of its weights."""
+    """The network that made features: its name, and the hash of its weights."""
 
     name: str = ""
     sha256: str = ""
@@ -643,7 +644,7 @@ Layers = Annotated[int, Range(0, 1000, "each is held in memory")]
 
 @dataclass
 class Network:
-    """config.json of a network, in anybody's format: what would fill the memory."""
+    """config.json of a network, in any format: the keys whose values could fill the memory."""
 
     layers_per_block: Layers | list[Layers | list[Layers]] | None = None
     transformer_layers_per_block: Layers | list[Layers | list[Layers]] | None = None
@@ -658,7 +659,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Problem:
-    """The key of a value that does not fit, the value, and what is asked in its place."""
+    """A value that does not fit: its key, the value, and in words what was expected."""
 
     key: str
     value: Any
@@ -666,8 +667,8 @@ class Problem:
 
     def __str__(self) -> str:
         if self.value is dataclasses.MISSING:
-            return f"{self.key}: missing; {self.asked} is asked"
-        return f"{self.key}={shown(self.value)}: {self.asked} is asked"
+            return f"{self.key}: missing; expected {self.asked}"
+        return f"{self.key}={shown(self.value)}: expected {self.asked}"
 
 
 def shown(value: Any) -> str:
@@ -679,7 +680,7 @@ def shown(value: Any) -> str:
 
 
 def check(config: Any, schema: Any, key: str = "") -> None:
-    """UserError, naming the key below `key`, unless `config` is what `schema` (a hint) says."""
+    """UserError, naming the key, unless `config` fits the hint `schema`. `config` is at `key`."""
     if problem := find_problem(schema, config, key):
         raise UserError(str(problem))
 
@@ -692,10 +693,10 @@ def check_whole(value: Any, key: str, least: int = 1) -> None:
 def check_call(
     function: Callable, arguments: Mapping[str, Any], key: str, lenient: bool = False
 ) -> None:
-    """UserError, naming one below `key`, unless the arguments are what `function` takes.
+    """UserError, naming the key, unless the arguments at `key` fit the signature of `function`.
 
-    Nested `_target_`s are what they make; names that begin with "_" are Hydra's. With `lenient`
-    None is always taken, as files of older versions have it.
+    Groups with a `_target_` are not checked here, nor names that begin with "_", which are Hydra's.
+    With `lenient`, None always fits: files of older versions contain it.
     """
     hints = _hints(function)
     for name, value in arguments.items():
@@ -703,7 +704,7 @@ def check_call(
         if lenient and value is None:
             continue
         if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{key}.{name}=nan: a number is asked")
+            raise UserError(f"{key}.{name}=nan: expected a number")
         if name.startswith("_") or (isinstance(value, Mapping) and "_target_" in value):
             continue
         if problem := find_problem(hint, value, f"{key}.{name}"):
@@ -712,15 +713,15 @@ def check_call(
 
 @functools.cache
 def _hints(function: Callable) -> dict[str, Any]:
-    """By argument; where the default is None, that is taken, too."""
+    """The hint of each argument. None fits, too, if it is the default."""
     bodies = [function]
-    if inspect.isclass(function):  # whose bases may take some of the arguments
+    if inspect.isclass(function):  # its bases may take some of the arguments
         bodies = [base.__init__ for base in reversed(function.__mro__) if "__init__" in vars(base)]
     try:
         parameters, hints = inspect.signature(function).parameters, {}
         for body in bodies:
             hints |= typing.get_type_hints(inspect.unwrap(body), include_extras=True)
-    except (TypeError, ValueError, NameError, AttributeError):  # of C, or not to be had
+    except (TypeError, ValueError, NameError, AttributeError):  # written in C, or no hints
         return {}
     return {
         name: _loose(hints[name] if parameter.default is not None else hints[name] | None)
@@ -730,7 +731,7 @@ def _hints(function: Callable) -> dict[str, Any]:
 
 
 def _loose(hint: Any) -> Any:
-    """`hint` with the types of the values that it lists: other people's lists are not complete."""
+    """`hint` with types in place of listed values: the lists of other libraries are incomplete."""
     if typing.get_origin(hint) is Literal:
         return Union[tuple(type(each) for each in typing.get_args(hint))]  # noqa: UP007
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -740,7 +741,7 @@ def _loose(hint: Any) -> Any:
 
 @functools.cache
 def _fields(schema: type) -> dict[str, tuple[Any, bool]]:
-    """Of a schema: each key's hint, and whether it may be missing."""
+    """For each key of a schema: its hint, and whether it may be missing."""
     hints = typing.get_type_hints(schema, include_extras=True)
     missing = dataclasses.MISSING
     return {
@@ -753,7 +754,7 @@ def _fields(schema: type) -> dict[str, tuple[Any, bool]]:
 
 
 def find_problem(hint: Any, value: Any, key: str) -> Problem | None:
-    """What is wrong with `value`, called `key`, as a `hint`; None when nothing is."""
+    """The first problem of `value`, which is at `key`, with `hint`; None if it fits."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return None
@@ -761,7 +762,7 @@ def find_problem(hint: Any, value: Any, key: str) -> Problem | None:
         problems = [find_problem(each, value, key) for each in arguments]
         if None in problems:
             return None
-        # of what looks like it was meant
+        # a problem inside the value says more, if it is clear which alternative was meant
         inside = [problem for problem in problems if problem.key != key]
         return inside[0] if len(inside) == 1 else Problem(key, value, ask(hint, value))
     if origin is Annotated:
@@ -790,7 +791,7 @@ def find_problem(hint: Any, value: Any, key: str) -> Problem | None:
             kinds = tuple(each for each in arguments if each is not Ellipsis)
             return _first(Union[kinds] if kinds else Any, items)  # noqa: UP007
         fits = False
-    else:  # a hint that says nothing here, or a class whose objects no config holds
+    else:  # a hint that cannot be checked, or a class whose objects no config holds
         plain = isinstance(value, (str, int, float, list, dict))
         fits = not (inspect.isclass(kind) and plain and _is_foreign(kind))
     return None if fits else Problem(key, value, ask(hint, value))
@@ -829,7 +830,7 @@ def _obeys(value: Any, rule: Range | Form) -> bool:
 
 
 def ask(hint: Any, value: Any) -> str:
-    """What is asked, in words, where `value` is not it."""
+    """What `hint` expects in place of `value`, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         # null first: "null or a number"

@@ -1,4 +1,4 @@
-"""Settings and values by their hash: what names a run, and shows that a file was edited."""
+"""Hashes of settings and of values: they name runs, and show that a file was edited."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def canonical(settings: Mapping[str, Any]) -> str:
-    """`settings` as JSON, the same for any order of keys, and for 8 written as 8.0."""
+    """`settings` as JSON. The order of the keys makes no difference, nor does 8 or 8.0."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -27,13 +27,13 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 
 def sealed(values: Mapping[str, Any], *owner: str) -> dict[str, Any]:
-    """`values` with a `seal`: the sha256 of them and of what they belong to."""
+    """`values` with a `seal`: the sha256 of the values and of their `owner`."""
     values = {key: value for key, value in values.items() if key != "seal"}
     return {**values, "seal": settings_hash({"values": values, "owner": owner})}
 
 
 def why_not_sealed(values: Mapping[str, Any], *owner: str) -> str | None:
-    """Why `values` are not to be believed; None when they are those that were `sealed`."""
+    """Why `values` cannot be trusted; None when they are unchanged since `sealed`."""
     if not values.get("seal"):
         return "has no seal"
     if values["seal"] != sealed(values, *owner)["seal"]:

@@ -306,7 +306,7 @@ def train_denoiser(
     `device`.
     """
     if (kind := scheduler.config.prediction_type) != "v_prediction":
-        raise UserError(f"scheduler.prediction_type={kind}: v_prediction is asked")
+        raise UserError(f"scheduler.prediction_type={kind}: expected v_prediction")
     cdf = timestep_quantiles(scheduler, uniform, log_sigma_mean, log_sigma_std).to(device)
     images = images.to(device)
 
@@ -426,7 +426,7 @@ def _make(cfg: DictConfig, key: str, kind: type) -> Any:
     """What the config `key` makes. UserError unless it is a `kind`."""
     config = OmegaConf.to_container(cfg[key], resolve=True)
     if not isinstance(made := make(config, key), kind):
-        raise UserError(f"{key}._target_={config['_target_']}: a {kind.__name__} is asked")
+        raise UserError(f"{key}._target_={config['_target_']}: expected a {kind.__name__}")
     return made
 
 
@@ -456,7 +456,7 @@ def run_denoiser(cfg: DictConfig) -> None:
     except Exception as error:  # whatever its layers stumble on
         raise UserError(f"unet: does not take {shape} ({first_line(error)})") from None
     if made != shape:
-        raise UserError(f"unet: makes {tuple(made)} of {shape}; the same is asked")
+        raise UserError(f"unet: makes {tuple(made)} of {shape}; expected the same")
 
     def on_save(model: UNet2DModel) -> None:
         pipeline = DDPMPipeline(half(model), scheduler)

@@ -20,7 +20,7 @@ VALUES = {
     "lml.damping=nan": "lml.damping=nan.*> 0",
     "lml.damping=much": "lml.damping=much.*> 0",
     "lml.damping=[8,null]": r"lml.damping=\[8.0, None\]: has 2 entries for \d+ steps",
-    "lml.damping=[8,-1]": r"lml.damping\[1\]=-1: null or a number > 0 is asked",
+    "lml.damping=[8,-1]": r"lml.damping\[1\]=-1: expected null or a number > 0",
     "lml.kappa=1.5": "lml.kappa=1.5.*0.*1",
     "lml.kappa=-0.1": "lml.kappa=-0.1.*0.*1",
     "lml.freeze=2": "lml.freeze=2.*0.*1",
@@ -45,20 +45,20 @@ VALUES = {
     "batch_size=0": "batch_size=0.*at least 1",
     "seed=-1": "seed=-1.*at least 0",
     "threads=0": "threads=0.*at least 1",
-    "threads=100000000": "threads=100000000.* to 1024 .of more the system starts none",
+    "threads=100000000": "threads=100000000.* to 1024 .the system starts no more",
     "num_images=1000000000000": "num_images=1000000000000.* to 10000000 .a run's files",
     "model.sample_size=1000000": "model.sample_size=1000000.* to 16384 .a larger image",
-    "~nfe": "nfe: missing; a whole number",
-    "~threads": "threads: missing; null or a whole number",
-    "solver.scheduler=null": "solver.scheduler=null: a group with a _target_",
-    "solver=ddim solver.step.eta=null": "solver.step.eta=null: a number",
-    "solver.scheduler._target_=0.5": "solver.scheduler._target_=0.5: the dotted name",
-    "model.scheduler=[a]": "model.scheduler=.*: null or a group with a _target_",
-    "+model.scheduler._target_=builtins.dict": "_target_=builtins.dict: a scheduler is",
-    "reference={a:1}": "reference={.*}: a path is asked",
-    "attention={a:1}": "attention={.*}: null or one of math",
-    "name=a/../b": "name=a/../b: a folder's name",
-    "name=5": "name=5: a folder's name",
+    "~nfe": "nfe: missing; expected a whole number",
+    "~threads": "threads: missing; expected null or a whole number",
+    "solver.scheduler=null": "solver.scheduler=null: expected a group with a _target_",
+    "solver=ddim solver.step.eta=null": "solver.step.eta=null: expected a number",
+    "solver.scheduler._target_=0.5": "solver.scheduler._target_=0.5: expected the dotted name",
+    "model.scheduler=[a]": "model.scheduler=.*: expected null or a group with a _target_",
+    "+model.scheduler._target_=builtins.dict": "_target_=builtins.dict: expected a scheduler",
+    "reference={a:1}": "reference={.*}: expected a path",
+    "attention={a:1}": "attention={.*}: expected null or one of math",
+    "name=a/../b": "name=a/../b: expected a folder's name",
+    "name=5": "name=5: expected a folder's name",
     f"device={ABSENT}": f"device={ABSENT}.*auto.*cpu",
     "device=gpu": "device=gpu.*auto.*cpu",
     "device=meta": "device=meta.*auto.*cpu",
@@ -66,8 +66,8 @@ VALUES = {
     "compile=maybe": "compile=maybe.*true or false",
     "model.patch=0": "model.patch=0.*at least 1",
     "model.patch=2": "model.patch=2.*3 channels",
-    "model.sample_size=0": "model.sample_size=0: null or a whole number of at least 1",
-    "model.sample_size=8.5": "model.sample_size=8.5: null or a whole number",
+    "model.sample_size=0": "model.sample_size=0: expected null or a whole number of at least 1",
+    "model.sample_size=8.5": "model.sample_size=8.5: expected null or a whole number",
     "model.path=nowhere": "model.path=nowhere: no such folder",
     "model.path=null": "model.path=null.*model.hub_id",
     "solver=ddim grid=lu": "grid=lu: ddim has no use_lu_lambdas.*trailing",
@@ -80,7 +80,7 @@ VALUES = {
     "metrics=correction_cosine metrics.correction_cosine.count=0": "count=0: expected a whole",
     "grid=trailing grid.timestep_spacing=even": "even",
     "solver.scheduler.algorithm_type=magic": "magic",
-    "+solver.step.eta=1": "solver.step.eta=1: dpmsolverpp takes no such",
+    "+solver.step.eta=1": "solver.step.eta=1: dpmsolverpp has no such",
     "solver.scheduler._target_=lml.schedulers.None": "solver.scheduler._target_=lml.sched",
     "+lml.damp=1": "lml.damp=1.*damping",
     "+solver.scheduler.order=2": "solver.scheduler.order=2.*solver_order",
@@ -97,8 +97,8 @@ VALUES = {
     "num_images.x=1": "num_images.x=1: num_images has no keys",
     "train=denoiser": "train=denoiser: unknown key",
     "lml=null": "lml=null.*string",
-    "lml.rank": "lml.rank: KEY=VALUE",
-    "lml.rank=[1": r"lml.rank=\[1: KEY=VALUE",
+    "lml.rank": "lml.rank: expected KEY=VALUE",
+    "lml.rank=[1": r"lml.rank=\[1: expected KEY=VALUE",
     "seed=1,2": "seed=1,2: .*--multirun",
     "name=???": r"name=\?\?\?: a value",
     "name=${nobody}": "'nobody' not found",
@@ -108,8 +108,8 @@ VALUES = {
     ),
 }
 
-VALUES["name=" + 300 * "x"] = "name=x+...: a folder's name"
-VALUES["reference=" + 300 * "x"] = "reference=x+...: a path is asked, of names of at most 255 bytes"
+VALUES["name=" + 300 * "x"] = "name=x+...: expected a folder's name"
+VALUES["reference=" + 300 * "x"] = "reference=x+...: expected a path with names of at most 255"
 
 
 def one_line(outcome, pattern: str) -> None:
@@ -207,7 +207,7 @@ MODELS = {
     no_weights: r"no weights in unet \(.safetensors; model.use_safetensors=false takes pickled",
     nothing: "no UNet2DModel in it",
     a_file: "no such folder",
-    conditional: "a UNet2DConditionModel; a UNet2DModel is asked",
+    conditional: "a UNet2DConditionModel; expected a UNet2DModel",
     other_shapes: "weights",
     other_layers: "weights are not those of config.json .*missing",
     by_class: "conditional on a class",
@@ -247,7 +247,7 @@ def test_a_text_to_image_pipeline_is_another_architecture(script, toy, tmp_path)
     )
     network.save_pretrained(tmp_path / "pipe/unet")
     outcome = script("sample", *toy, f"model.path={tmp_path / 'pipe'}", "run_dir=run")
-    one_line(outcome, "a UNet2DConditionModel; a UNet2DModel is asked")
+    one_line(outcome, "a UNet2DConditionModel; expected a UNet2DModel")
 
 
 def test_a_schedule_of_ones_own_stands_in_for_a_missing_one(script, toy, tmp_path, model):
@@ -292,7 +292,7 @@ def test_a_folder_of_somebody_elses(script, toy, tmp_path, overwrite):
 
 def test_a_folder_that_cannot_be_made(script, toy, tmp_path):
     (tmp_path / "file").write_text("mine")
-    one_line(script("sample", *toy, "run_dir=file"), "^run_dir=file: a file; a folder is asked")
+    one_line(script("sample", *toy, "run_dir=file"), "^run_dir=file: a file; expected a folder")
     one_line(script("sample", *toy, "run_dir=file/run"), "^run_dir=file/run: .*Not a directory")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -305,7 +305,7 @@ def test_a_folder_that_is_not_writable(script, toy, tmp_path):
         pytest.skip("this user can write everywhere, and chattr is not allowed")
     try:
         outcome = script("sample", *toy, "run_dir=locked/run")
-        one_line(outcome, "^run_dir=locked/run: .*a writable folder is asked")
+        one_line(outcome, "^run_dir=locked/run: .*expected a writable folder")
     finally:
         subprocess.run(["chattr", "-i", tmp_path / "locked"], capture_output=True)
         os.chmod(tmp_path / "locked", 0o755)
@@ -339,7 +339,7 @@ def test_a_stranger_among_the_images(script, toy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ([], "run_dir=None: one of run_dir and images is asked"),
+        ([], "run_dir=None: expected one of run_dir and images"),
         (["run_dir=a", "images=b"], "one of run_dir and images"),
         (["run_dir=nowhere"], "run_dir=nowhere: no such folder"),
         (["run_dir=."], "run_dir=.: not a run's folder"),

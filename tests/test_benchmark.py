@@ -137,8 +137,11 @@ def test_a_difference_would_be_seen():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parts=[correction,speed]", r"^parts\[1\]=speed: one of correction, memory, run"),
-        ("settings=[float16]", r"^settings\[0\]=float16: one of float32, bfloat16, compiled"),
+        ("parts=[correction,speed]", r"^parts\[1\]=speed: expected one of correction, memory, run"),
+        (
+            "settings=[float16]",
+            r"^settings\[0\]=float16: expected one of float32, bfloat16, compiled",
+        ),
     ],
 )
 def test_bad_input(override, message):

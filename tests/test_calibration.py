@@ -223,7 +223,7 @@ def test_a_pipeline_without_latents(tiny_model):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"prompts": []}, "at least one is expected"),
+        ({"prompts": []}, "expected at least one, or None"),
         ({"samples": 1}, "samples=1"),
         ({"eta": 1.0}, "adds noise"),
         ({"num_inference_steps": 1}, "single step"),
@@ -292,7 +292,7 @@ def test_sample_takes_it_and_has_the_error_that_it_reports(script, made, tmp_pat
         "sample", *SMALL, *explicit, "num_images=8", "seed=1000008", "batch_size=4",
         "metrics=none", f"run_dir={tmp_path / 'calibrated'}",
     )  # fmt: skip
-    assert again.code == 0 and "all were there" in again.out  # it is the same run
+    assert again.code == 0 and "all were stored before" in again.out  # it is the same run
 
 
 @pytest.mark.parametrize(("nfe", "fine"), [(5, 40), (12, 60)])

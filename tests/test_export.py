@@ -225,7 +225,9 @@ def test_names_can_be_given_and_two_runs_never_mix(script, run, tmp_path):
     first.unlink()
     (folder / "old_000000.png").write_bytes(b"")
     refused(script, *ARGUMENTS, *names, pattern="old_000000.png: not of this run")
-    refused(script, *ARGUMENTS, "layout.model=a/b", pattern="layout.model='a/b': a plain name")
+    refused(
+        script, *ARGUMENTS, "layout.model=a/b", pattern="layout.model='a/b': expected a plain name"
+    )
 
 
 def refused(script, *arguments: str, pattern: str) -> None:
@@ -238,7 +240,7 @@ def test_runs_that_cannot_be_laid_out(script, run, tmp_path):
     refused(script, pattern="layout")
     refused(script, "layout=t2i", "out=x", pattern="layout=t2i: unknown")
     refused(script, *ARGUMENTS[:2], pattern="out=???: a value is needed")
-    refused(script, *ARGUMENTS[::2], pattern="run_dir=None: either a run or prompts=NAME")
+    refused(script, *ARGUMENTS[::2], pattern="run_dir=None: expected either a run or prompts=NAME")
     refused(script, *ARGUMENTS, "run_dir=nowhere", pattern="run_dir=nowhere: no such folder")
     refused(script, *ARGUMENTS, "+layout.depth=1", pattern="layout: ")
     refused(script, *ARGUMENTS, "out=dataset/color_val.txt", pattern="color_val.txt: Not a direc")
@@ -314,7 +316,7 @@ def test_a_runs_names_lead_nowhere_else(script, run, tmp_path, place, name):
         name = "../secret"
     (tmp_path / "secret").write_text("secret")
     PLACES[place](run, name)
-    refused(script, *ARGUMENTS, pattern="a plain name is asked, of one file or folder")
+    refused(script, *ARGUMENTS, pattern="expected a plain name of one file or folder")
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
 
 
@@ -322,7 +324,9 @@ def test_a_runs_names_lead_nowhere_else(script, run, tmp_path, place, name):
 @pytest.mark.parametrize("value", ["../x", -1, 1.5, None, [1]])
 def test_a_runs_numbers_are_numbers(script, run, tmp_path, key, value):
     edit_prompts(run, **{key: value})
-    refused(script, *ARGUMENTS, pattern=f"{key}={shown(value)}: a whole number of at least 0")
+    refused(
+        script, *ARGUMENTS, pattern=f"{key}={shown(value)}: expected a whole number of at least 0"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -433,7 +437,7 @@ def test_reference_sets_that_are_refused(script, coco, tmp_path):
     assert script("export", *coco).code == 0
     refused(script, *coco, "layout.size=8", pattern="out=reference: holds another reference set")
     refused(script, *coco, "prompts.seed=3", pattern="reference")
-    refused(script, *coco, "layout.size=0", pattern="layout.size=0: a whole number")
+    refused(script, *coco, "layout.size=0", pattern="layout.size=0: expected a whole number")
     refused(script, *coco, "layout.images=none", pattern="layout.images=none: no such folder")
     (tmp_path / "p.txt").write_text("a")
     text = ("prompts=text", "prompts.file=p.txt")

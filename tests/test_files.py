@@ -314,7 +314,7 @@ NAMES += ["a" * 256, "é" * 128, None, 3, ["a"]]
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: json.dumps(name)[:12])
 def test_a_name_that_leads_elsewhere(name):
-    with pytest.raises(UserError, match=r"^key=.*: a plain name is asked") as caught:
+    with pytest.raises(UserError, match=r"^key=.*: expected a plain name") as caught:
         files.plain_name(name, "key")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 

@@ -251,7 +251,7 @@ def index(**entries: object) -> Callable[[Path], None]:
 
 FOREIGN = {
     "custom pipeline": (index(_class_name=["pipeline", "EvilPipeline"]), "describes no pipeline"),
-    "pipeline of a file": (index(_class_name="EvilPipeline"), "which diffusers has not got"),
+    "pipeline of a file": (index(_class_name="EvilPipeline"), "which diffusers does not have"),
     "no pipeline": (index(_class_name="AutoPipeline"), "AutoPipeline"),
     "library": (index(unet=["evil", "Evil"]), "its unet is of ['evil', 'Evil']; a class of"),
     "own folder": (index(unet=["unet", "UNet2DConditionModel"]), "its unet is of ['unet',"),

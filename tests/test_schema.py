@@ -65,18 +65,18 @@ def test_names_of_types_and_attention_are_those_that_there_are():
 
 REFUSED = {
     "num_images": (10**12, "10000000 (a run's files are listed and hashed one by one)"),
-    "threads": (10**8, "1024 (of more the system starts none, and the process ends)"),
-    "nfe": (True, "nfe=True: a whole number of at least 1 is asked"),
-    "seed": (2.0, "seed=2.0: a whole number of at least 0 is asked"),
-    "name": ("../b", "name=../b: a folder's name is asked"),
-    "dtype": (None, "dtype=null: one of float32"),
-    "compile": (1, "compile=1: true or false is asked"),
-    "metrics": ({"fd": 3}, "metrics.fd=3: a group with a _target_ is asked"),
-    "prompts": ([], "prompts=[]: a group with a _target_ or an empty group is asked"),
-    "solver": ({"name": "x", "scheduler": None}, "solver.scheduler=null: a group with"),
-    "device": ("a\nb", r"device='a\nb': text on one line is asked"),
-    "show": (["a", 3], "show[1]=3: text on one line is asked"),
-    "run_dir": ("x" * 5000 + "\0", "xxx...: null or a path is asked"),
+    "threads": (10**8, "1024 (the system starts no more, and the process ends)"),
+    "nfe": (True, "nfe=True: expected a whole number of at least 1"),
+    "seed": (2.0, "seed=2.0: expected a whole number of at least 0"),
+    "name": ("../b", "name=../b: expected a folder's name"),
+    "dtype": (None, "dtype=null: expected one of float32"),
+    "compile": (1, "compile=1: expected true or false"),
+    "metrics": ({"fd": 3}, "metrics.fd=3: expected a group with a _target_"),
+    "prompts": ([], "prompts=[]: expected a group with a _target_ or an empty group"),
+    "solver": ({"name": "x", "scheduler": None}, "solver.scheduler=null: expected a group with"),
+    "device": ("a\nb", r"device='a\nb': expected text on one line"),
+    "show": (["a", 3], "show[1]=3: expected text on one line"),
+    "run_dir": ("x" * 5000 + "\0", "xxx...: expected null or a path"),
 }
 
 
@@ -92,7 +92,7 @@ def test_what_is_refused_and_what_is_said(key):
 def test_a_key_that_is_gone():
     cfg = config()
     del cfg["nfe"]
-    with pytest.raises(UserError, match=r"^nfe: missing; a whole number of at least 1 is asked$"):
+    with pytest.raises(UserError, match=r"^nfe: missing; expected a whole number of at least 1$"):
         schema.check(cfg, schema.Sample)
 
 
@@ -103,11 +103,11 @@ def function(count: int, part: float | None, names: tuple[str, ...] = (), other:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"count": "3"}, "f.count=3: a whole number is asked"),
-        ({"part": [1]}, r"f.part=\[1\]: null or a number is asked"),
-        ({"part": float("nan")}, "f.part=nan: a number is asked"),
-        ({"names": ["a", 1]}, r"f.names\[1\]=1: text is asked"),
-        ({"names": "a"}, r"f.names=a: a list \(each text\) is asked"),
+        ({"count": "3"}, "f.count=3: expected a whole number"),
+        ({"part": [1]}, r"f.part=\[1\]: expected null or a number"),
+        ({"part": float("nan")}, "f.part=nan: expected a number"),
+        ({"names": ["a", 1]}, r"f.names\[1\]=1: expected text"),
+        ({"names": "a"}, r"f.names=a: expected a list \(each text\)"),
     ],
 )
 def test_arguments_are_held_against_hints(arguments, line):
@@ -143,9 +143,9 @@ def test_no_scheduler_of_diffusers_is_refused_as_it_is_by_default():
         ("a.json", f'{{"a": {(DEPTH + 1) * "["}{(DEPTH + 1) * "]"}}}', "nested too deep"),
         ("a.yaml", DEEP, "nested too deep"),
         ("a.json", "[]", "a.json: not an object of keys and values"),
-        ("a.json", '{"commands": [], "cells": {}}', "a.json: cells={}: a list"),
-        ("a.yaml", "commands: [1]\ncells: []\n", r"a.yaml: commands\[0\]=1: text is asked"),
-        ("a.yaml", "cells: []\n", "a.yaml: commands: missing; a list"),
+        ("a.json", '{"commands": [], "cells": {}}', "a.json: cells={}: expected a list"),
+        ("a.yaml", "commands: [1]\ncells: []\n", r"a.yaml: commands\[0\]=1: expected text"),
+        ("a.yaml", "cells: []\n", "a.yaml: commands: missing; expected a list"),
     ],
 )
 def test_a_file_that_is_not_as_it_should_be(tmp_path, name, content, line):
@@ -172,7 +172,7 @@ def test_what_is_deep_but_not_too_deep():
 
 @pytest.mark.parametrize("path", ["", "x" * 256, "a/" + "ä" * 128, "a/" * 2000, "\0"])
 def test_paths_that_no_file_has(path):
-    with pytest.raises(UserError, match=r"key=.*: a path is asked"):
+    with pytest.raises(UserError, match=r"key=.*: expected a path"):
         check_path(path, "key")
     check_path("a\nb/" + "x" * 255, "key")
 
@@ -217,9 +217,9 @@ def test_a_pipe_that_nobody_reads_loses_nothing(tmp_path, shell):
 @pytest.mark.parametrize(
     ("environment", "line"),
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc': a whole number is asked"),
-        ({"RANK": ""}, "RANK='': a whole number is asked"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: torchrun sets more than that"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc': expected a whole number"),
+        ({"RANK": ""}, "RANK='': expected a whole number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: torchrun sets other variables, too"),
     ],
 )
 def test_what_torchrun_would_set(tmp_path, environment, line):
@@ -262,5 +262,5 @@ def test_one_broken_neighbour_is_named_and_left_out(script, tmp_path, name, cont
 
 def test_one_bad_cell_is_named_and_the_others_are_made(script, tmp_path):
     outcome = script("sample", *TINY, "-m", "seed=0,x", "name=study", "progress=false")
-    assert outcome.code == 0 and "seed=x: a whole number of at least 0" in outcome.err
+    assert outcome.code == 0 and "seed=x: expected a whole number of at least 0" in outcome.err
     assert len(list((tmp_path / "outputs/study").glob("*/manifest.json"))) == 1

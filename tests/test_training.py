@@ -181,7 +181,7 @@ def test_bad_input_is_one_line(train, tmp_path):
         ("device=cuda:7", "device=cuda:7"),
         (f"data.path={tmp_path / 'nowhere'}", "data.path="),
         ("train=vae", "train=vae"),
-        ("budget.dtype=int8", "budget.dtype=int8: one of auto, float32"),
+        ("budget.dtype=int8", "budget.dtype=int8: expected one of auto, float32"),
     ]:
         outcome = train(argument)
         assert outcome.code == 2

@@ -1,4 +1,4 @@
-"""Calibration: the damping of each step that suits a model, a solver, a grid and its steps.
+"""Calibration: finds the damping of each step for a model, a solver, a grid and a number of steps.
 
 `calibrate_pipeline` is for a diffusers pipeline, `scripts/calibrate.py` for the models of
 configs/model, and `calibrate` for anything that samples with a scheduler.

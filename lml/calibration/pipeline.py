@@ -1,4 +1,4 @@
-"""Calibration of a diffusers pipeline that somebody has in hand."""
+"""Calibration of a loaded diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def calibrate_pipeline(
 ) -> Calibration:
     """Choose the rank and the damping of each step of `pipe.scheduler`, and set them.
 
-    The scheduler stays what it is where LML does not help. What is compared are latents (images
-    of pipelines that have none) with those of `fine_steps` steps without LML from the same noise;
-    the first half of the samples is searched, the second checks.
+    If LML does not help, LML is off in the scheduler. The calibration compares latents (or images,
+    if the pipeline has no latents) with those of `fine_steps` steps without LML from the same
+    noise. It searches with the first half of the samples and checks with the second.
 
     Args:
-        pipe: its scheduler is one of `lml.schedulers`.
-        prompts: such as it will be used with; they are taken in turn. None for a pipeline
-            without prompts.
-        num_inference_steps: the number of steps that it will be used with.
-        samples: in all, by default 32, and at least two.
-        fine_steps: of the fine solution; by default five times as many, and at least 40.
-        call: what else the pipeline is called with: `guidance_scale`, `height`, `width` ...
+        pipe: a pipeline whose scheduler is one of `lml.schedulers`.
+        prompts: prompts like those of later use; the samples take them in turn. None for a
+            pipeline without prompts.
+        num_inference_steps: the number of steps of later use.
+        samples: the number of samples, at least 2; 32 by default.
+        fine_steps: the steps of the fine solution; by default five times as many, at least 40.
+        call: other arguments of the pipeline's call: `guidance_scale`, `height`, `width` ...
 
     Raises:
         TypeError: the scheduler is not one of `lml.schedulers`.
@@ -53,14 +53,14 @@ def calibrate_pipeline(
             "set pipe.scheduler = LML….from_config(pipe.scheduler.config) first"
         )
     if prompts is not None and not len(prompts):
-        raise ValueError("prompts: at least one is expected, or None")
+        raise ValueError("prompts: expected at least one, or None")
     count = 32 if samples is None else samples
     if count < 2:
-        raise ValueError(f"samples={count}: at least 2 are expected")
+        raise ValueError(f"samples={count}: expected at least 2")
     accepted = inspect.signature(pipe.__call__).parameters
     has_latents = "latents" in accepted
     if adds_noise(scheduler, call):
-        raise ValueError("the scheduler adds noise as it goes: no fine solution has the same noise")
+        raise ValueError("the scheduler adds noise, so no fine solution has the same noise")
 
     @torch.no_grad()
     def sample(solver: SchedulerMixin, steps: int, indices: Sequence[int]) -> Tensor:

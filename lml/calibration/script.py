@@ -1,4 +1,4 @@
-"""What scripts/calibrate.py does: a config becomes a problem, and what is found a file."""
+"""The work of scripts/calibrate.py: from a config to a problem, and from its result to a file."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ from lml.runs.sampling import guarded, load_sampler
 from lml.runs.solver import find_steps, make_scheduler, read_solver
 from lml.seals import canonical, sealed, why_not_sealed
 
-STATE = "state.json"  # where a search goes on
+STATE = "state.json"  # from which an interrupted search continues
 PROTOCOL = ("seed", "searched", "unseen", "ranks", "rounds", "fine", "batch_size", "dtype")
 
 
 def make_objective(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Objective:
-    """What samples are compared by: their own space, or features of the images."""
+    """The space that samples are compared in: their own, or features of the images."""
     if cfg["objective"] == "features":
         network = make(cfg["extractor"], "extractor")
         if not isinstance(network, nn.Module):
             target = cfg["extractor"]["_target_"]
-            raise UserError(f"extractor._target_={target}: a network is asked")
+            raise UserError(f"extractor._target_={target}: expected a network")
         network = network.to(device).eval().requires_grad_(False)
 
         @torch.no_grad()
         def features(images: Tensor) -> Tensor:
             try:
                 return network(pixel.to_uint8(images)).flatten(1)
-            except Exception as error:  # whatever its layers stumble on
+            except Exception as error:  # its layers may raise anything
                 size, reason = tuple(images.shape[1:]), first_line(error)
                 raise UserError(f"extractor: does not take images of {size} ({reason})") from None
 
         return Objective("features", features, features)
     if model.has_latents:
         return Objective("rmse", _flat, _flat)
-    # As metrics=[convergence] has it; but rounding is no good to take derivatives by.
+    # The report rounds as metrics=[convergence] does. Derivatives need values without rounding.
     return Objective(
         "rmse",
         lambda images: _flat(images).clamp(-1, 1),
@@ -77,13 +77,13 @@ def _flat(samples: Tensor) -> Tensor:
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """UserError for a config that is not configs/calibrate.yaml's, or can't be calibrated."""
+    """UserError if the config does not fit configs/calibrate.yaml, or can't be calibrated."""
     schema.check(cfg, schema.Calibrate)
     if not cfg["ranks"]:
-        raise UserError("ranks=[]: at least one is asked")
+        raise UserError("ranks=[]: expected at least one")
 
 
-_fine: dict[str, Tensor] = {}  # solutions that the cells of a sweep share
+_fine: dict[str, Tensor] = {}  # fine solutions that the cells of a sweep share
 
 
 def make_problem(
@@ -138,9 +138,9 @@ def make_problem(
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Calibrate what `cfg` (configs/calibrate.yaml) describes; returns what is in its file.
+    """Make the calibration of `cfg` (configs/calibrate.yaml); returns the content of its file.
 
-    A calibration that is there already is read. One that was interrupted goes on.
+    A finished calibration is only read. An interrupted one continues.
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     check(config)
@@ -153,8 +153,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")
         if adds_noise(scheduler, config["solver"].get("step") or {}):
             raise UserError(
-                f"solver={config['solver']['name']}: adds noise as it goes, so that there is no "
-                "fine solution from the same noise"
+                f"solver={config['solver']['name']}: adds noise, so no fine solution has the same "
+                "noise"
             )
         settings = stored.settings_of(config, model.settings, config["objective"])
         name = stored.folder_name(config, settings)
@@ -183,7 +183,7 @@ def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[st
 
 
 def _read_state(path: Path, whole: Mapping[str, Any]) -> dict[str, Progress]:
-    """Where the searches of `whole`, the settings and the protocol, were interrupted, by key."""
+    """The interrupted searches, by key. `whole` holds the settings and the protocol."""
     try:
         kept = read_object(path, schema.CalibrationState)
         reason = why_not_sealed(kept, STATE)
@@ -192,7 +192,7 @@ def _read_state(path: Path, whole: Mapping[str, Any]) -> dict[str, Progress]:
     except UserError as error:
         kept, reason = {}, str(error).removeprefix(f"{path}: ")
     if reason:
-        say(f"{path}: {reason}; the search begins anew")
+        say(f"{path}: {reason}; the search starts anew")
         return {}
     if canonical(kept["of"]) != canonical(whole):
         return {}
@@ -252,7 +252,7 @@ def _calibrate(
 
 
 def row(values: Mapping[str, Any]) -> str:
-    """One line of what a calibration says."""
+    """The result of a calibration in one line."""
     errors = values["errors"]
     off, default, best = (errors[name]["unseen"] for name in ("off", "default", "calibrated"))
     dampings = values["calibrated"]["damping"]
@@ -270,11 +270,11 @@ def _change(error: float, off: float) -> str:
     return f"{100 * (error / off - 1):+.1f} %" if off and math.isfinite(error) else "-"
 
 
-_told: list[tuple[str, int, float, str]] = []  # of the cells of this sweep in this process
+_told: list[tuple[str, int, float, str]] = []  # the cells of this sweep in this process
 
 
 def tell(cfg: DictConfig, values: Mapping[str, Any]) -> None:
-    """Print what was found, and which of a sweep's cells is the best so far."""
+    """Print the result, and the best cell of a sweep so far."""
     if not is_first():
         return
     if HydraConfig.get().mode == RunMode.RUN or not HydraConfig.get().job.num:

@@ -1,12 +1,12 @@
-"""How much damping this model wants, with this solver, grid and number of steps: found by trying.
+"""Finds the damping for one model, solver, grid and number of steps, by a search.
 
-There are two numbers for each step. The damping lambda_k says how far LML extrapolates: the first
-step, which has no anchor, has none. The length l_k multiplies g'. What is minimised is the distance
-between the samples and the fine-step solutions from the same noise, a sum of squares, by the
-Levenberg-Marquardt method over c_k = 1 / lambda_k >= 0, and then over c and l: to first order g' is
-l (g + c (g - u)), so that samples are nearly linear in both, and c = 0 leaves a step without LML.
-The derivative by a number of step k costs the steps after k alone: networks that are `memoised` are
-not evaluated again where nothing has changed.
+Each step k has two numbers. The damping lambda_k says how far LML extrapolates; the first step has
+no anchor and no damping. The length l_k multiplies g'. The search minimises the distance between
+the samples and the fine-step solutions from the same noise, a sum of squares. It uses the
+Levenberg-Marquardt method over c_k = 1 / lambda_k >= 0, and then over c and l. To first order g' is
+l (g + c (g - u)), so samples are nearly linear in c and l, and c = 0 is a step without LML. The
+derivative with respect to a number of step k needs only the steps after k: a `memoised` network is
+not evaluated again for the same inputs.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torch.utils._pytree import tree_leaves
 from lml.correction import LMLCorrection
 from lml.processes import gather, rank_and_world
 
-SMALLEST = 1e-3  # c below it is 0
-STARTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # c of all steps, beside the default's
-TRIES = 6  # step lengths in a round
-ENOUGH = 0.01  # a relative gain below which the search ends
+SMALLEST = 1e-3  # a smaller c counts as 0
+STARTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # c of all steps to start from, beside the default's
+TRIES = 6  # values of mu in a round
+ENOUGH = 0.01  # the search ends when the relative gain is smaller
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of number that is searched: its range, and what derivatives are taken by.
+    """A kind of number that is searched: its range, and the difference for its derivatives.
 
-    Differences are so large that what a few samples do is smoothed.
+    The differences are large, to smooth over what a few samples do.
     """
 
     low: float
@@ -51,14 +51,14 @@ LENGTH = Kind(0.5, 1.5, 0.02)
 
 
 class CalibrationError(ValueError):
-    """There is nothing that a calibration could be measured by."""
+    """There is nothing to measure a calibration with."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """LML's options: `rank` 0 is off; `damping` and `length` are one a step.
+    """LML's options: `rank` 0 is off; `damping` and `length` have one number for each step.
 
-    A `damping` of None is the scheduler's default, a `length` of None is 1.
+    A `damping` of None is the scheduler's default; a `length` of None is 1.
     """
 
     rank: int
@@ -66,7 +66,7 @@ class Choice:
     length: tuple[float, ...] | None = None
 
     def options(self) -> dict[str, Any]:
-        """As a scheduler takes them."""
+        """The options as keyword arguments of a scheduler."""
         return {
             "rank": self.rank,
             "damping": None if self.damping is None else list(self.damping),
@@ -75,7 +75,7 @@ class Choice:
         }
 
     def apply(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """A scheduler like `scheduler`, one of `lml.schedulers`, with these options."""
+        """A copy of `scheduler`, one of `lml.schedulers`, with these options."""
         return type(scheduler).from_config(scheduler.config, **self.options())
 
 
@@ -83,7 +83,7 @@ OFF = Choice(0)
 
 
 def adds_noise(scheduler: SchedulerMixin, step_options: Mapping[str, Any]) -> bool:
-    """Whether the scheduler adds noise as it goes: then no fine solution has the same noise."""
+    """Whether the scheduler adds noise. Then no fine solution has the same noise."""
     known = inspect.signature(type(scheduler)).parameters
     own = {key: value for key, value in scheduler.config.items() if key in known}
     return bool(
@@ -96,12 +96,12 @@ def adds_noise(scheduler: SchedulerMixin, step_options: Mapping[str, Any]) -> bo
 
 @dataclass
 class Calibration:
-    """What a calibration found.
+    """The result of a calibration.
 
-    `errors` are root mean squared distances to the fine solution, by "off", "default" and
-    "calibrated", each on the `searched` and on the `unseen` samples. `chosen` is the one of the
-    three that is best on the unseen ones, and `choice` its options. `tries` and `evaluations` are
-    trajectories and network evaluations of one sample.
+    `errors` are root mean squared distances to the fine solution, for "off", "default" and
+    "calibrated", each on the `searched` and on the `unseen` samples. `chosen` is the best of the
+    three on the unseen samples, and `choice` has its options. `tries` and `evaluations` are the
+    numbers of trajectories and of network evaluations for one sample.
     """
 
     chosen: str
@@ -113,16 +113,16 @@ class Calibration:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Of plain values, for JSON."""
+        """The same in plain values, for JSON."""
         return asdict(self)
 
 
 @dataclass
 class Objective:
-    """What samples are compared by.
+    """The space that samples are compared in.
 
-    `search` maps samples (B, ...) to numbers (B, K) that change smoothly; `report` to those whose
-    distance is reported.
+    `search` maps samples (B, ...) to numbers (B, K) that change smoothly. `report` maps them to
+    the numbers whose distance is reported.
     """
 
     name: str
@@ -132,17 +132,17 @@ class Objective:
 
 @dataclass
 class Problem:
-    """What is calibrated.
+    """A problem to calibrate.
 
     Args:
-        sample: `sample(scheduler, steps, indices)` makes the samples (B, ...) of these indices,
-            the same from the same arguments: noise and prompt belong to the index.
-        network: the one that `sample` evaluates.
+        sample: `sample(scheduler, steps, indices)` makes the samples (B, ...) with these indices.
+            The same arguments give the same samples: noise and prompt belong to the index.
+        network: the network that `sample` evaluates.
         scheduler: one of `lml.schedulers`.
-        steps: for its `set_timesteps`.
-        fine_scheduler, fine_steps: of the fine solution.
-        objective: what samples are compared by.
-        batch_size: samples at a time.
+        steps: the argument of its `set_timesteps`.
+        fine_scheduler, fine_steps: the same for the fine solution.
+        objective: the space that samples are compared in.
+        batch_size: the number of samples at a time.
     """
 
     sample: Callable[[SchedulerMixin, int, Sequence[int]], Tensor]
@@ -156,7 +156,7 @@ class Problem:
 
 
 class Memo:
-    """A network's answers along one trajectory; see `memoised`."""
+    """A network's outputs along one trajectory; see `memoised`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list, Any]] = []
@@ -168,7 +168,7 @@ class Memo:
         self.position = 0
 
     def answer(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """`forward(*args, **kwargs)`, or what it was, if all calls up to it are the same."""
+        """`forward(*args, **kwargs)`, from memory if this call and all before it are the same."""
         given = tree_leaves((args, kwargs))
         if self.position < len(self.calls):
             known, output = self.calls[self.position]
@@ -191,7 +191,7 @@ def _same(x: Any, y: Any) -> bool:
 
 @contextmanager
 def memoised(network: nn.Module, memo: Memo) -> Iterator[None]:
-    """Inside, `network` is not evaluated where `memo` has its answer to the same inputs."""
+    """Inside, `network` is not evaluated if `memo` has its output for the same inputs."""
     forward, owned = network.forward, "forward" in vars(network)
     network.forward = lambda *args, **kwargs: memo.answer(forward, args, kwargs)
     try:
@@ -205,8 +205,8 @@ def memoised(network: nn.Module, memo: Memo) -> Iterator[None]:
 
 @dataclass
 class _Batch:
-    """Some samples, what the network answered on the last trajectory, and the fine solution's
-    values, as the objective's parts have them."""
+    """Some samples, the network's outputs on the last trajectory, and the fine solution's values
+    in each part of the objective."""
 
     indices: list[int]
     memo: Memo = field(default_factory=Memo)
@@ -214,9 +214,10 @@ class _Batch:
 
 
 class _Samples:
-    """The samples with `indices`: errors and derivatives, shared between processes.
+    """The samples with `indices`: their errors and derivatives. Processes share the work.
 
-    Sums are added in the order of the batches, so that any number of processes has the same.
+    Sums are added in the order of the batches, so that they do not depend on the number of
+    processes.
     """
 
     def __init__(self, problem: Problem, indices: Sequence[int], tell: Callable[[int], None]):
@@ -229,7 +230,7 @@ class _Samples:
 
     @property
     def evaluations(self) -> int:
-        """Of the network, times samples; in all processes."""
+        """The number of network evaluations times samples, in all processes."""
         fine = _count_steps(self.problem.fine_scheduler, self.problem.fine_steps)
         own = sum((b.memo.evaluations + fine) * len(b.indices) for b in self.batches)
         return sum(gather(own))
@@ -253,7 +254,7 @@ class _Samples:
         self.tell(_count_steps(p.fine_scheduler, p.fine_steps) * len(batch.indices))
 
     def _differences(self, choice: Choice, part: str) -> list[Tensor]:
-        """Of each batch, (B K,) float64: `part` of the objective, less the fine solution's."""
+        """For each batch, (B K,) float64: `part` of the objective, minus the fine solution's."""
         p, differences = self.problem, []
         for batch in self.batches:
             if not batch.fine:
@@ -269,7 +270,7 @@ class _Samples:
         return differences
 
     def error(self, choice: Choice, part: str = "report") -> float:
-        """The root mean squared distance to the fine solution; infinite if it is NaN."""
+        """The root mean squared distance to the fine solution; inf in place of NaN."""
         differences = self._differences(choice, part)
         error = _rms(self._gather([(d.square().sum(), len(d)) for d in differences]))
         return error if math.isfinite(error) else math.inf
@@ -277,7 +278,7 @@ class _Samples:
     def derivatives(self, choice: Choice, others: Sequence[Choice]) -> tuple[Tensor, Tensor]:
         """JᵀJ (n, n) and Jᵀr (n,) of the mean square, for the n `others` near `choice`.
 
-        Column k of J is the difference that the kth of them makes.
+        Column k of J is the difference between the kth of them and `choice`.
         """
         base = self._differences(choice, "search")
         columns = [self._differences(other, "search") for other in others]
@@ -309,9 +310,9 @@ def _rms(parts: list[tuple[Tensor, int]]) -> float:
 
 @dataclass
 class Progress:
-    """Where a search stands; enough to go on from.
+    """The state of a search, from which it can continue.
 
-    `values` are c of all steps but the first, and, if lengths are searched, those of all steps.
+    `values` are c of all steps but the first. If lengths are searched, those of all steps follow.
     """
 
     rank: int
@@ -324,32 +325,32 @@ class Progress:
 
     @property
     def key(self) -> str:
-        """What tells the searches of a calibration apart."""
+        """Identifies a search within its calibration."""
         return f"{self.rank}, {len(self.values)}"
 
     def choice(self, values: Sequence[float] | None = None) -> Choice:
-        """The options that these values, or its own, stand for."""
+        """The options for `values`, or for the state's own values."""
         values = self.values if values is None else values
         c, lengths = values[: self.steps - 1], values[self.steps - 1 :]
         damping = (None, *(1 / value if value >= SMALLEST else None for value in c))
         return Choice(self.rank, damping, tuple(lengths) or None)
 
     def kinds(self) -> list[Kind]:
-        """Of each value."""
+        """The kind of each value."""
         return [C if k < self.steps - 1 else LENGTH for k in range(len(self.values))]
 
     def last_first(self) -> list[int]:
-        """The values in the order of their steps, the last first: earlier steps are then known."""
+        """Indices of values, those of the last steps first: the memo then knows the early steps."""
         steps = [*range(1, self.steps), *range(self.steps)][: len(self.values)]
         return sorted(range(len(self.values)), key=lambda k: -steps[k])
 
     def with_lengths(self) -> Progress:
-        """A search of lengths, too, from where this one ended."""
+        """A search that starts from this one's result and also searches lengths."""
         return Progress(self.rank, self.steps, [*self.values, *[1.0] * self.steps], self.error)
 
 
 def search(samples: _Samples, progress: Progress, rounds: int) -> Iterator[Progress]:
-    """Levenberg-Marquardt steps from `progress`, each yielded; at most `rounds` in all."""
+    """Levenberg-Marquardt steps from `progress`; yields the state after each, at most `rounds`."""
     kinds, order = progress.kinds(), progress.last_first()
     low, high, unit = (
         torch.tensor([getattr(kind, name) for kind in kinds], dtype=torch.float64)
@@ -387,13 +388,13 @@ def search(samples: _Samples, progress: Progress, rounds: int) -> Iterator[Progr
 
 
 def _step(JJ: Tensor, Jr: Tensor, mu: float, low: Tensor, high: Tensor) -> Tensor:
-    """The damped Gauss-Newton step: s in [low, high] with the least |r + J s|² + mu |s|²_D.
+    """The damped Gauss-Newton step: s in [low, high] that minimises |r + J s|² + mu |s|²_D.
 
-    D is the diagonal of JᵀJ, with a floor under it.
+    D is the diagonal of JᵀJ, with a lower bound.
     """
     diagonal = JJ.diagonal()
     floor = (0.01 * diagonal.mean()).clamp_min(1e-30)
-    # |r + J s|² is |Lᵀ s + L⁻¹ Jᵀr|² and what does not depend on s, where L Lᵀ = JᵀJ
+    # |r + J s|² is |Lᵀ s + L⁻¹ Jᵀr|² plus a constant, with L Lᵀ = JᵀJ
     L = torch.linalg.cholesky(JJ + torch.diag(mu * (diagonal + floor) + 1e-9 * floor))
     rest = -torch.linalg.solve_triangular(L, Jr[:, None], upper=False)[:, 0]
     found = lsq_linear(L.T.numpy(), rest.numpy(), (low.numpy(), high.numpy()), method="bvls")
@@ -412,22 +413,22 @@ def calibrate(
 ) -> Calibration:
     """Find the dampings of `problem` on the samples `searched`, and check them on `unseen` ones.
 
-    Raises CalibrationError for a single step, which LML does not change, for a fine solution with
-    values that are not finite, and for no samples.
+    Raises CalibrationError for a single step, which LML does not change, for a fine solution that
+    is not finite, and for no samples.
 
     Args:
-        ranks: those that are tried.
-        rounds: at most so many steps of each search; of each rank there is one of dampings, and
-            one of dampings and lengths.
-        states: where each of them goes on, by its key.
-        save: is called with where it stands after each of them.
-        tell: is called with every number of network evaluations that were made.
+        ranks: the ranks to try. For each there are two searches: of dampings, and of dampings and
+            lengths.
+        rounds: the largest number of steps of each search.
+        states: the states of interrupted searches, by key, to continue from.
+        save: is called with the state after each step.
+        tell: is called with the number of network evaluations since its last call.
     """
     clock = time.perf_counter()
     if not searched or not unseen:
-        raise CalibrationError("there must be at least one sample to search and one to check")
+        raise CalibrationError("expected at least one sample to search and one to check")
     if set(searched) & set(unseen):
-        raise CalibrationError("samples that were searched can't be checked as unseen")
+        raise CalibrationError("some samples are both searched and unseen; use different ones")
     count = _count_steps(problem.scheduler, problem.steps)
     if count < 2:
         raise CalibrationError("a single step has no anchor: there is no damping to choose")
@@ -466,9 +467,9 @@ def calibrate(
 
 
 def fine_steps(steps: int) -> int:
-    """How many steps the fine solution has for a calibration of `steps` steps.
+    """The number of steps of the fine solution for a calibration of `steps` steps.
 
-    Its own error must be small beside that of the calibrated solver, which shrinks with the steps.
+    Its own error must be much smaller than the calibrated solver's, which falls with the steps.
     """
     return max(40, 5 * steps)
 
@@ -476,7 +477,7 @@ def fine_steps(steps: int) -> int:
 def most_evaluations(
     problem: Problem, searched: int, unseen: int, ranks: Sequence[int], rounds: int
 ) -> int:
-    """At most so many network evaluations, times samples, does `calibrate` make."""
+    """The largest number of network evaluations times samples that `calibrate` makes."""
     count = _count_steps(problem.scheduler, problem.steps)
     fine = _count_steps(problem.fine_scheduler, problem.fine_steps)
     after = count * (count - 1) // 2  # evaluations after a step, over all steps
@@ -487,15 +488,15 @@ def most_evaluations(
 
 
 def _count_steps(scheduler: SchedulerMixin, steps: int) -> int:
-    """The number of evaluations for `set_timesteps(steps)`, which is called."""
-    # With dynamic shifting the pipeline gives mu, which does not change their number.
+    """Call `set_timesteps(steps)`, and return the number of evaluations."""
+    # With dynamic shifting, the pipeline passes mu, which does not change their number.
     mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(steps, **mu)
     return len(scheduler.timesteps)
 
 
 def _start(samples: _Samples, rank: int, steps: int) -> Progress:
-    """From the best of some dampings that are the same for all steps, and the default's."""
+    """Start from the best of the default and of some dampings that are equal for all steps."""
     scheduler = Choice(rank).apply(samples.problem.scheduler)
     _count_steps(scheduler, samples.problem.steps)
     default = [min(1 / damping, C.high) if damping else 0.0 for damping in scheduler.dampings[1:]]

@@ -1,4 +1,4 @@
-"""Calibrations on the disk: what belongs to which settings, and how one is found."""
+"""Calibrations on the disk: the settings that they belong to, and how to find them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHOSEN_BY_IT = (
 
 
 def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:
-    """What a calibration belongs to, of a run's config `cfg` and its model's settings."""
+    """The settings of a run that a calibration belongs to. `model` are the model's settings."""
     return {
         "model": dict(model),
         "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
@@ -35,7 +35,7 @@ def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str
 
 
 def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The name of the folder for a calibration with these settings; its end is found by."""
+    """The name of the folder of a calibration with these settings; it ends with their hash."""
     parts = (
         cfg["model"]["name"],
         cfg["solver"]["name"],
@@ -48,12 +48,12 @@ def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def read(path: Path, key: str) -> dict[str, Any]:
-    """A calibration's file. UserError, naming `key`, where it is damaged or was edited."""
+    """A calibration's file. UserError, naming `key`, if it is damaged or was edited."""
     path = path / FILE if path.is_dir() else path
     try:
         values = read_object(path, CalibrationFile)
     except FileNotFoundError:
-        raise UserError(f"{key}={path}: there is no such file") from None
+        raise UserError(f"{key}={path}: no such file") from None
     except UserError as error:
         raise UserError(
             f"{key}={error}; not a calibration that scripts/calibrate.py made"
@@ -64,7 +64,7 @@ def read(path: Path, key: str) -> dict[str, Any]:
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as `read` takes them."""
+    """`values` with the seal that `read` checks."""
     return sealed(values, "calibration")
 
 
@@ -79,10 +79,10 @@ def find_calibration(settings: Mapping[str, Any]) -> Path | None:
 
 
 def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """`cfg` with the options of its calibration as `lml`, where it asks for one.
+    """`cfg` with the options of its calibration in `lml`; without lml=calibrated, `cfg` itself.
 
-    `model` are the model's settings. UserError when there is no calibration of these settings, or
-    the file that `lml.calibration` names is of others.
+    `model` are the model's settings. UserError if there is no calibration for these settings, or
+    if the file that `lml.calibration` names is for others.
     """
     lml = cfg["lml"]
     if "calibration" not in lml:
@@ -100,7 +100,7 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     else:
         grid = cfg["grid"].get("name", "default")
         raise UserError(
-            "lml=calibrated: there is no calibration of these settings; make one: "
+            "lml=calibrated: no calibration for these settings; make one: "
             f"python scripts/calibrate.py model={cfg['model']['name']} "
             f"solver={cfg['solver']['name']} grid={grid} nfe={cfg['nfe']}"
         )

@@ -28,12 +28,12 @@ from lml.configs import CONFIGS
 from lml.errors import UserError, say
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# What is said in one line.
+# Errors that are reported in one line.
 EXPECTED = (UserError, HydraException, OmegaConfBaseException)
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM. Whoever catches it may say more in its message."""
+    """SIGINT or SIGTERM. Code that catches it may raise it again with a longer message."""
 
     def __init__(self, number: int):
         super().__init__("interrupted")
@@ -45,13 +45,14 @@ def main(
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `task(cfg)` the body of a script with the config `configs/<config_name>.yaml`.
 
-    What a user did wrong (a UserError, or what Hydra and OmegaConf refuse) becomes one line on
-    stderr and exit code 2; an interruption one line and 128 + its signal's number; anything else
-    keeps its traceback. In a sweep a cell that fails is named, and the others go on, here or, with
-    hydra/launcher, in other processes and on other machines: there a cell runs in the folder that
-    the sweep was started in, and its line is said here. With HYDRA_FULL_ERROR=1 in the environment
-    every error keeps its traceback. With `makes_runs`, the cells are runs of configs/sample.yaml,
-    and lml/runs/sweep says what else happens to them; then `task` returns a search's objective.
+    A user's error (a UserError, or an error of Hydra or OmegaConf) becomes one line on stderr and
+    exit code 2. An interruption becomes one line and exit code 128 + the signal's number. All other
+    errors keep their traceback. With HYDRA_FULL_ERROR=1 in the environment, every error does.
+
+    In a sweep, a cell that fails is named, and the others continue. With hydra/launcher, cells run
+    in other processes or on other machines, in the folder where the sweep started; their errors
+    are printed here. With `makes_runs`, the cells are runs of configs/sample.yaml, `lml.runs.sweep`
+    manages them, and `task` returns the objective of a search.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -87,11 +88,11 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 failed.append(error)
                 say(f"{' '.join(HydraConfig.get().overrides.task)}: {explain(error)}")
-                raise  # sweepers have to know
+                raise  # sweepers must know
             if keep_traceback or not isinstance(error, (UserError, OmegaConfBaseException)):
                 raise
             failed.append(error)
-            if not getattr(error, "elsewhere", False):  # else another process says it
+            if not getattr(error, "elsewhere", False):  # else another process prints it
                 say(explain(error))
 
     try:
@@ -99,28 +100,28 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
         with own_plugins(failed, makes_runs), _arguments():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
-        # torchrun ends the others as soon as one has ended, which may cut short the way out of an
-        # error that is still to be told.
+        # torchrun stops all processes as soon as one ends. This may interrupt an error before it
+        # was printed.
         cause = interruption.__context__
         say(explain(cause) if isinstance(cause, UserError) else str(interruption))
         return interruption.exit_code
     except Exception as error:
-        # Some of what Hydra refuses while composing is a plain ValueError.
+        # While composing, Hydra raises some of its errors as a plain ValueError.
         expected = isinstance(error, EXPECTED) or (not started and isinstance(error, ValueError))
         if keep_traceback or not expected:
             raise
         if error not in failed:
             say(explain(error))
         return 2
-    for error in failed:  # of a sweep that has made all that it could
+    for error in failed:  # a sweep has made all other cells by now
         if keep_traceback or not isinstance(error, EXPECTED):
             raise error
     return 2 if failed else 0
 
 
 def _interrupt(number: int, frame: object) -> None:
-    # The second of two signals in a row (torchrun passes on what the terminal sent, too) must not
-    # end the tidying up that the first one began.
+    # Two signals may arrive: the terminal's own, and torchrun's copy of it. The second must not
+    # interrupt the cleanup that the first one started.
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted(number)
@@ -128,7 +129,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def _arguments() -> Iterator[None]:
-    """Let Hydra take overrides on both sides of its options, and say in one line what it can't."""
+    """Accept overrides before and after Hydra's options; report wrong arguments in one line."""
     module = sys.modules[hydra.main.__module__]
     make_parser = module.get_args_parser
 
@@ -148,11 +149,11 @@ def _arguments() -> Iterator[None]:
 
 
 def _check_environment() -> None:
-    """UserError for what torchrun sets, when it is no number."""
+    """UserError when a variable that torchrun sets is not a whole number."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(name, "0")
         if not re.fullmatch("[0-9]{1,6}", value):
-            raise UserError(f"{name}={value!a:.80}: a whole number is asked, as torchrun sets it")
+            raise UserError(f"{name}={value!a:.80}: expected a whole number, as torchrun sets it")
 
 
 def _run_elsewhere(
@@ -162,10 +163,10 @@ def _run_elsewhere(
     here: str,
     arguments: list[str],
 ) -> Any:
-    """One cell of a sweep, in a process that a launcher started. Fails with a UserError only."""
+    """Run one cell of a sweep in a process that a launcher started. Raises only UserError."""
     try:
         os.chdir(here)
-        sys.argv = arguments  # the run's record of its command line
+        sys.argv = arguments  # the run records its command line
         complete(cfg, config_name)
         return task(cfg)
     except Exception as error:
@@ -173,5 +174,5 @@ def _run_elsewhere(
         if not isinstance(error, (UserError, OmegaConfBaseException)):
             traceback.print_exc()
             reason = f"{type(error).__name__}: {reason} (its traceback is in the job's log)"
-        # one that every process can unpickle, which not all exceptions are
+        # a UserError can be unpickled in every process; not every exception can
         raise UserError(reason) from None

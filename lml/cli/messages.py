@@ -1,4 +1,4 @@
-"""One line for whatever Hydra or OmegaConf raised."""
+"""One-line messages for the errors of Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "o
 
 
 def explain(error: Exception) -> str:
-    """One line: the key, the value and what is allowed, from whatever Hydra or OmegaConf raised."""
+    """An error of Hydra or OmegaConf in one line: the key, the value and what is allowed."""
     text, cause = str(error), error.__cause__
-    if isinstance(error, UserError):  # whose paths may have a line's end in them
+    if isinstance(error, UserError):  # its paths may contain line breaks
         return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     if match := re.search(r"Could not (?:find|load) '(.+)/(.+)'", text):
         group, option = match.groups()
@@ -41,8 +41,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return _explain_override(error.override, text)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
-        asked = "one value, a list in [], or a sweep with --multirun is asked"
-        return f"{match[1]}: {asked}; a text with a comma is quoted: {suggest(match[1])}"
+        asked = "expected one value, a list in [], or a sweep with --multirun"
+        return f"{match[1]}: {asked}; quote text with a comma: {suggest(match[1])}"
     if text.startswith("Config group override must be"):
         overrides = [a for a in sys.argv[1:] if (CONFIGS / a.split("=")[0]).is_dir()]
         return f"{' '.join(overrides)}: {text}"
@@ -54,11 +54,11 @@ def explain(error: Exception) -> str:
 def _explain_override(override: str, text: str) -> str:
     shown = shell_quoted(override) if CONTROL.search(override) else override
     typed = suggest(override)
-    quoted = f"; a text with such characters is quoted: {typed}" if typed else ""
+    quoted = f"; quote text with such characters: {typed}" if typed else ""
     reason = ""
-    # of brackets that do not close, and functions that are none, Hydra says what is wrong with them
+    # Hydra itself explains brackets that do not close, and unknown functions
     if not typed or re.search(r"[\[{(]", override):
         lines = [line.strip(" ^") for line in text.splitlines() if override not in line]
         lines = [line for line in lines if line and not line.startswith(("Lexer", "See "))]
         reason = f" ({lines[0]})" if lines else ""
-    return f"{shown}: KEY=VALUE is asked{reason}{quoted}"
+    return f"{shown}: expected KEY=VALUE{reason}{quoted}"

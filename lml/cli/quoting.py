@@ -1,4 +1,4 @@
-"""How something is typed in a shell so that Hydra takes it as it is."""
+"""How to type text in a shell so that Hydra takes it literally."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def hydra_quoted(text: str) -> str:
-    """`text` as a value that Hydra takes as it is."""
+    """`text` as a value that Hydra takes literally."""
     return QuotedString(text, Quote.double).with_quotes()
 
 
 def shell_quoted(word: str) -> str:
-    """`word` as it is typed in a shell, on one line."""
+    """`word` as one types it in a shell, on one line."""
     if not CONTROL.search(word):
         return shlex.quote(word)
     word = re.sub(r"[\\']", r"\\\g<0>", word)
@@ -29,12 +29,12 @@ def shell_quoted(word: str) -> str:
 
 
 def suggest(override: str) -> str | None:
-    """How `override` is typed so that its value is taken as it is; None if it never is."""
+    """How to type `override` so that Hydra takes its value literally; None if there is no way."""
     key, equal, value = override.partition("=")
     quoted = f"{key}={hydra_quoted(value)}"
     try:
         text = OverridesParser.create().parse_override(quoted).value()
-        OmegaConf.create({"value": text})  # which refuses half an interpolation
+        OmegaConf.create({"value": text})  # raises for an incomplete interpolation
     except (HydraException, OmegaConfBaseException):
         return None
     return shell_quoted(quoted) if key and equal else None

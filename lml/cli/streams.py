@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their readers."""
+"""Standard output and error that keep working after their reader has gone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, TextIO
 
 
 class _Lasting:
-    """A stream that goes on in silence when nobody reads it any more, as in `... | head`.
+    """A stream that discards its text once nobody reads it, as in `... | head`.
 
-    A summary that cannot be shown is no reason to end a run, or to say that it failed.
+    A run must not end or fail because its summary cannot be shown.
     """
 
     def __init__(self, stream: TextIO):
@@ -32,7 +32,7 @@ class _Lasting:
         try:
             action()
         except BrokenPipeError:
-            # what is still in the buffer goes there, too
+            # the rest of the buffer goes there, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

@@ -1,4 +1,4 @@
-"""The values of a config: resolved, with paths that begin at home, and checked."""
+"""The values of a config: interpolations resolved, `~` expanded in paths, and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lml.cli.quoting import hydra_quoted, shell_quoted
 from lml.errors import UserError
 from lml.files import check_path
 
-# Keys whose values are paths. Of some the place counts: budget.images is a number.
+# Keys whose values are paths. The first line has whole keys: budget.images is a number.
 PATHS = re.compile(
     r"run_dir|runs|out|images|layout\.images|metrics\.[^.]+\.model"
     r"|(.+\.)?(calibration|control_image|features|file|path|reference|tokenizer|weights)"
@@ -20,10 +20,9 @@ PATHS = re.compile(
 
 
 def complete(cfg: DictConfig, config_name: str) -> None:
-    """Resolve `cfg`, with `~` in its paths the home folder, and check it.
+    """Resolve `cfg`, expand `~` in its paths, and check it against the schema of `config_name`.
 
-    UserError where a value is missing, or is not what configs/`config_name`.yaml may hold: before
-    anything is made of it.
+    UserError when a value is missing or not allowed, before anything is made of the config.
     """
     OmegaConf.resolve(cfg)
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -43,9 +42,9 @@ def _complete_paths(node: DictConfig | ListConfig, prefix: str) -> None:
             check_path(value, name)
             node[key] = os.path.expanduser(value)
         elif is_path and value is not None:
-            # 2024_10 is the number 202410 to Hydra: what was meant is lost by now
+            # Hydra reads 2024_10 as the number 202410; what the user typed is lost
             typed = shell_quoted(f"{name}={hydra_quoted(str(value))}")
             raise UserError(
-                f"{name}={value}: a path is asked; one that reads as anything else is quoted, "
+                f"{name}={value}: expected a path; quote a path that reads as another type, "
                 f"as in {typed}"
             )

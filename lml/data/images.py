@@ -149,7 +149,7 @@ class ImageFolder:
         """All files by their path inside, but for hidden ones."""
         if not self.path.is_dir():
             reason = (
-                "a file; a folder of images is asked" if self.path.exists() else "no such folder"
+                "a file; expected a folder of images" if self.path.exists() else "no such folder"
             )
             raise UserError(f"{self.key}={self.path}: {reason}")
         for folder, folders, files in os.walk(self.path):

@@ -75,7 +75,7 @@ def load(config: Mapping[str, Any] | None) -> PromptSet | None:
         return None
     prompts = make(config, "prompts")
     if not isinstance(prompts, PromptSet):
-        raise UserError(f"prompts: a _target_ that makes a PromptSet is asked, not {prompts!r}")
+        raise UserError(f"prompts: expected a _target_ that makes a PromptSet, not {prompts!r}")
     return prompts
 
 
@@ -123,7 +123,7 @@ def table(file: str | Path, column: str = "prompt") -> PromptSet:
     label = f"prompts.file={file}"
     path = locate(file)
     if path.suffix.lower() not in TABLES:
-        raise UserError(f"{label}: one of {', '.join(TABLES)} is asked")
+        raise UserError(f"{label}: expected one of {', '.join(TABLES)}")
     rows = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
     entries = []
     for number, row in rows(path, label):
@@ -191,7 +191,7 @@ def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSe
                 captions.setdefault(annotation["image_id"], []).append((annotation["id"], caption))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{label}: captions_val2014.json of MS-COCO is asked ({reason})") from None
+        raise UserError(f"{label}: expected captions_val2014.json of MS-COCO ({reason})") from None
     if others:
         raise UserError(f"{label}: not of val2014, since it has {others[0]}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(captions):

@@ -51,7 +51,7 @@ class TorchvisionImages:
 
     def _cifar10(self, split: str) -> tuple[Path, Tensor]:
         if split not in cifar10.SHEETS:
-            raise UserError(f"{self.key}={self.spec}: CIFAR10:train or CIFAR10:test is asked")
+            raise UserError(f"{self.key}={self.spec}: expected CIFAR10:train or CIFAR10:test")
         root = cifar10.find_folder()
         if root is None:
             self._refuse("CIFAR10", " or ".join(map(str, cifar10.SEARCHED)), "no such folder")
@@ -62,7 +62,7 @@ class TorchvisionImages:
         if "train" in inspect.signature(cls).parameters:
             if split not in ("train", "test"):
                 name = cls.__name__
-                raise UserError(f"{self.key}={self.spec}: {name}:train or {name}:test is asked")
+                raise UserError(f"{self.key}={self.spec}: expected {name}:train or {name}:test")
             options["train"] = split == "train"
         elif split:
             options["split"] = split
@@ -113,12 +113,12 @@ def open_images(spec: str | Path, key: str = "reference") -> ImageFolder | Torch
         return TorchvisionImages(str(spec), key)
     path = locate(spec)
     if not path.exists():
-        raise UserError(f"{key}={spec}: not there; {KINDS} is asked")
+        raise UserError(f"{key}={spec}: not found; expected {KINDS}")
     if path.is_dir():
         return ImageFolder(path, key)
     suffix = path.suffix.lower()
     if suffix not in (".zip", ".npz"):
-        raise UserError(f"{key}={spec}: {KINDS} is asked")
+        raise UserError(f"{key}={spec}: expected {KINDS}")
     return ImageZip(path, key) if suffix == ".zip" else None
 
 
@@ -230,7 +230,7 @@ def find_reference(spec: str | Path | None, extractor: nn.Module, key: str) -> R
     So it is computed once for all of them. UserError, naming `key`, without one.
     """
     if spec is None:
-        raise UserError(f"{key}=null: {KINDS} is asked; reference= sets it for all metrics")
+        raise UserError(f"{key}=null: expected {KINDS}; reference= sets it for all metrics")
     made = Reference(spec, extractor, key)
     if made.images is None:
         return made

@@ -1,4 +1,4 @@
-"""What turns seeds (and prompts) into images; `find_model` is where a config becomes a model."""
+"""Turns seeds (and prompts) into images. `find_model` makes a model of a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {
 
 
 def find_model(config: Mapping[str, Any]) -> Model:
-    """The model that a config of the group `model` describes. UserError when there is none."""
+    """The model that a config of the group `model` describes. UserError if there is none."""
     kind = config.get("kind", "pixel")
     if kind not in KINDS:
         raise UserError(f"model.kind={kind}: unknown; nearest: {nearest(str(kind), KINDS)}")

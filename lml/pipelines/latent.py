@@ -20,7 +20,7 @@ DECODERS = ("VQModel", "AutoencoderKL")
 
 @dataclass
 class LatentModel(pixel.PixelModel):
-    """A latent diffusion model that was found, and is not loaded yet."""
+    """A latent diffusion model whose files were found and are not loaded yet."""
 
     decoder: loading.Weights | None = None
     has_latents: ClassVar[bool] = True
@@ -28,7 +28,7 @@ class LatentModel(pixel.PixelModel):
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
     ) -> LatentSampler:
-        """What makes images with the loaded networks."""
+        """Load the networks, and return the sampler."""
         latents = super().sampler(device, dtype, channels_last, compile)
         key = loading.describe_key(self.config)
         name = loading.read_config(self.decoder.folder, key, DECODERS)["_class_name"]
@@ -40,7 +40,7 @@ class LatentModel(pixel.PixelModel):
 
 
 class LatentSampler(pixel.PixelSampler):
-    """Makes images from seeds by way of latents, which are `scale` times the decoder's."""
+    """Makes images from seeds. Its latents are `scale` times those that the decoder takes."""
 
     def __init__(
         self, latents: pixel.PixelSampler, decoder: nn.Module, scale: float, slicing: bool
@@ -59,7 +59,7 @@ class LatentSampler(pixel.PixelSampler):
         decode: bool = True,
         **step_options: Any,
     ) -> Tensor:
-        """Images (B, 3, H, W) in about [-1, 1], one of each seed."""
+        """Images (B, 3, H, W) in about [-1, 1], one for each seed."""
         latents = super().__call__(scheduler, steps, seeds, prompts, **step_options)
         self.latents = latents
         if not decode:
@@ -72,14 +72,14 @@ class LatentSampler(pixel.PixelSampler):
 def find_latent_model(config: Mapping[str, Any]) -> LatentModel:
     """The model in the folder of an LDMPipeline: `unet`, `vqvae` or `vae`, and `scheduler`.
 
-    `path`, `hub_id`, `revision` and `scheduler` as for pixel models; `scaling_factor` is what its
-    latents are to the autoencoder's, None for what the autoencoder's config says. UserError when
-    there is none.
+    `path`, `hub_id`, `revision` and `scheduler` are as for pixel models. `scaling_factor` times
+    the autoencoder's latents are the model's; None takes it from the autoencoder's config.
+    UserError if there is no such model.
     """
     scale = config.get("scaling_factor")
     real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if scale is not None and not (real and 0 < scale < math.inf):
-        raise UserError(f"model.scaling_factor={scale}: a number > 0 is asked, or null")
+        raise UserError(f"model.scaling_factor={scale}: expected a number > 0, or null")
     root, key = loading.find_folder(config), loading.describe_key(config)
     folder = next((root / name for name in ("vqvae", "vae") if (root / name).is_dir()), None)
     if folder is None:

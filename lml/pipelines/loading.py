@@ -32,13 +32,13 @@ from lml.files import read_object, weights_hash
 from lml.instances import is_scheduler, make
 from lml.schema import Network, PartConfig, check_call
 
-ROOT_STEM = "diffusion_pytorch_model"  # of weights that lie in no folder of their own
+ROOT_STEM = "diffusion_pytorch_model"  # name of weights in the repository's root folder
 STEMS = {".safetensors": "(diffusion_pytorch_model|model)", ".bin": "(diffusion_)?pytorch_model"}
 SHARD = r"-\d{5}-of-\d{5}"
 
 
 def describe_key(config: Mapping[str, Any], group: str = "model") -> str:
-    """The configuration key that says where a model lies, and its value."""
+    """The config key that says where a model is, and its value, as `key=value`."""
     name = "path" if config.get("path") else "hub_id"
     return f"{group}.{name}={config.get(name)}"
 
@@ -51,18 +51,18 @@ def find_folder(
 ) -> Path:
     """The folder of a model: `path`, or `hub_id` at `revision`, fetched unless it is cached.
 
-    `download(hub_id, revision=..., **options)` fetches, in place of `fetch`. UserError when there
-    is no such model.
+    `download(hub_id, revision=..., **options)` replaces `fetch`. UserError if there is no such
+    model.
     """
     key = describe_key(config, group)
     if config.get("path"):
         folder = locate(str(config["path"]))
         if not folder.is_dir():
-            raise UserError(f"{key}: no such folder (of diffusers' format)")
+            raise UserError(f"{key}: no such folder; expected a model in diffusers' format")
         return folder
     if not config.get("hub_id"):
         raise UserError(
-            f"{group}.path=null: a folder in diffusers' format is asked, or {group}.hub_id"
+            f"{group}.path=null: expected a folder in diffusers' format, or {group}.hub_id"
         )
     hub_id, revision = str(config["hub_id"]), config.get("revision")
     if download is None:
@@ -76,7 +76,7 @@ def find_folder(
 
 
 def fetch(hub_id: str, revision: str | None, config: Mapping[str, Any]) -> str:
-    """The configs and weights of a hub model: `snapshot_download` of what `find_weights` takes."""
+    """Download a hub model's configs, and those weights that `find_weights` would choose."""
     parts = ["*/", ROOT_STEM]
     for suffix in _suffixes(config):
         patterns = ["*.json", *(f"{part}*{suffix}" for part in parts)]
@@ -91,31 +91,31 @@ def fetch(hub_id: str, revision: str | None, config: Mapping[str, Any]) -> str:
 
 
 def _why_not_fetched(answer: BaseException, config: Mapping[str, Any], group: str) -> str:
-    """What the hub's answer means, and what the user can do."""
+    """What the hub's answer means, and what to do."""
     hub_id, local = config["hub_id"], f"{group}.path=FOLDER"
     if isinstance(answer, GatedRepoError):
         return (
-            f"access is to be granted; accept the license on https://huggingface.co/{hub_id}, "
-            f"then `hf auth login`, or give {local}"
+            f"access must be granted; accept the license on https://huggingface.co/{hub_id}, "
+            f"then use `hf auth login`; or give {local}"
         )
     if isinstance(answer, RepositoryNotFoundError):
         return (
-            "the hub has no such repository, or a private one: where its owner has removed it, "
+            "the hub has no such repository, or it is private; if its owner has removed it, "
             f"give a mirror's name as {group}.hub_id, or a copy of the files as {local}; "
-            "where it is private, `hf auth login`"
+            "if it is private, use `hf auth login`"
         )
     if isinstance(answer, RevisionNotFoundError):
         return (
-            f"it has no revision {config.get('revision')}; {group}.revision=null is its main "
-            f"branch; or give {local}"
+            f"it has no revision {config.get('revision')}; use {group}.revision=null for its main "
+            f"branch, or give {local}"
         )
     if type(answer) in (OSError, ValueError) and getattr(answer, "errno", None) is None:
-        # diffusers' own, which has found the repository, but not the files that it looks for
+        # diffusers raised it: it found the repository, but not the files
         safe = config.get("use_safetensors", True)
-        pickled = f"{group}.use_safetensors=false takes pickled ones, " if safe else ""
+        pickled = f"use {group}.use_safetensors=false for pickled ones, " if safe else "use "
         return (
-            f"it has not the weights that are asked for ({one_line(answer)}); {pickled}"
-            f"{group}.variant=NAME takes a variant's; or give {local}"
+            f"it does not have these weights ({one_line(answer)}); {pickled}"
+            f"{group}.variant=NAME for a variant's, or give {local}"
         )
     return (
         f"cannot be fetched ({one_line(answer)}); get it elsewhere with "
@@ -124,7 +124,7 @@ def _why_not_fetched(answer: BaseException, config: Mapping[str, Any], group: st
 
 
 def _answer(error: BaseException) -> BaseException:
-    """The hub's answer, which diffusers wraps into an error of its own; else `error`."""
+    """The hub's own error if diffusers wrapped it in `error`; otherwise `error`."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
@@ -132,14 +132,14 @@ def _answer(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of anybody's error, as a part of one line of ours."""
+    """The message of another library's error, as part of a one-line message."""
     text = re.sub(r"\s*\(Request ID: [^)]*\)", "", str(error)) or type(error).__name__
     return textwrap.shorten(text, 200, placeholder=" ...")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What diffusers warns of while it finds and reads files is an error here, or nothing."""
+    """Silence diffusers' warnings while it reads files: what matters is checked and raised here."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -149,7 +149,7 @@ def quiet() -> Iterator[None]:
 
 
 def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, Any]:
-    """config.json of the network in `folder`. UserError unless it is one of `classes`."""
+    """config.json of the network in `folder`. UserError unless its class is one of `classes`."""
     expected = " or ".join(classes)
     try:
         config = read_object(folder / "config.json", PartConfig)
@@ -160,13 +160,13 @@ def read_config(folder: Path, key: str, classes: tuple[str, ...]) -> dict[str, A
         raise UserError(f"{key}: {error}; config.json is not a diffusers config") from None
     name = config["_class_name"]
     if name not in classes:
-        raise UserError(f"{key}: a {name}; a {expected} is asked")
+        raise UserError(f"{key}: a {name}; expected a {expected}")
     return config
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A network that was found: its folder, the files that hold its weights, and their variant."""
+    """A network on the disk: its folder, the files of its weights, and their variant."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -174,7 +174,7 @@ class Weights:
 
     @property
     def sha256(self) -> str:
-        """Over the network's config and weights, wherever they lie."""
+        """sha256 of the network's config and weights; their place makes no difference."""
         config = read_object(self.folder / "config.json", Network)
         kept = {key: value for key, value in config.items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
@@ -186,15 +186,15 @@ class Weights:
 def find_weights(
     folder: Path, key: str, config: Mapping[str, Any], group: str = "model"
 ) -> Weights:
-    """The network in `folder`, beside its config.json, with the weights that diffusers would read.
+    """The network in `folder`, with the weights that diffusers would read.
 
-    These are files of `config["variant"]` or, as diffusers has it, of none where a network has no
-    such variant; safetensors, or pickled ones if there are no others and
-    `config["use_safetensors"]` is false. UserError when there are none.
+    As in diffusers, a network that lacks the variant `config["variant"]` uses the files without a
+    variant. Pickled weights are used only if there are no safetensors and
+    `config["use_safetensors"]` is false. UserError if there are no weights.
     """
     if not isinstance(config.get("use_safetensors", True), bool):
         value = config["use_safetensors"]
-        raise UserError(f"{group}.use_safetensors={value}: true or false is asked")
+        raise UserError(f"{group}.use_safetensors={value}: expected true or false")
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: no {folder.name}/config.json in it")
     for suffix in _suffixes(config):
@@ -202,8 +202,8 @@ def find_weights(
         if files:
             return Weights(folder, files, variant)
     hint = ""
-    if config.get("use_safetensors", True):  # then pickled ones are not even fetched
-        hint = f"; {group}.use_safetensors=false takes pickled ones, where there are some"
+    if config.get("use_safetensors", True):  # pickled ones were not fetched
+        hint = f"; {group}.use_safetensors=false takes pickled ones, if there are any"
     for file in sorted(file.name for file in folder.iterdir()):
         if match := re.fullmatch(r".*model(?:\.(\w+))?.*\.(?:safetensors|bin)", file):
             option = f"variant={match[1]}" if match[1] else "use_safetensors=false"
@@ -214,7 +214,7 @@ def find_weights(
 def _matching(
     folder: Path, suffix: str, config: Mapping[str, Any]
 ) -> tuple[tuple[Path, ...], str | None]:
-    """The weights in `folder` with that suffix, of the variant asked for or none; and which."""
+    """The files of weights in `folder` with `suffix`, and their variant (None: no variant)."""
     there = sorted(file for file in folder.iterdir() if file.is_file())
     for variant in dict.fromkeys([config.get("variant"), None]):
         name = f"\\.{re.escape(str(variant))}" if variant else ""
@@ -229,9 +229,9 @@ def _suffixes(config: Mapping[str, Any]) -> list[str]:
 
 
 def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> nn.Module:
-    """The network of class `cls` (diffusers' or transformers'), all weights its own.
+    """Read a network of class `cls` (diffusers' or transformers').
 
-    UserError when a weight is missing, left over or of another shape, or a file is broken.
+    UserError if a weight is missing, left over or of another shape, or if a file is broken.
     """
     config = read_object(weights.folder / "config.json", Network)
     check_call(cls, config, f"{key}: config.json", lenient=True)
@@ -258,9 +258,9 @@ def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> n
 def read_scheduler(
     root: Path, key: str, config: Mapping[str, Any]
 ) -> tuple[SchedulerMixin, dict[str, Any]]:
-    """The noise schedule of a model, and what determines it.
+    """The noise schedule of a model, and the settings that determine it.
 
-    That is `config["scheduler"]` where it is given, else what the folder `root` holds.
+    The settings are `config["scheduler"]`, or, if that is empty, those in the folder `root`.
     """
     if config.get("scheduler"):
         return make_scheduler(config["scheduler"]), config["scheduler"]
@@ -272,7 +272,7 @@ def read_scheduler(
         name = stored["_class_name"]
         home = schedulers if hasattr(schedulers, name) else diffusers
         if not is_scheduler(home.__name__, name):
-            raise ValueError(f"{name} is none of diffusers' or lml's")
+            raise ValueError(f"{name} is no scheduler of diffusers or lml")
         schedule = {k: v for k, v in stored.items() if k != "_diffusers_version"}
         check_call(getattr(home, name), stored, "scheduler_config.json", lenient=True)
         with quiet():
@@ -281,7 +281,7 @@ def read_scheduler(
         raise UserError(
             f"{key}: no scheduler_config.json in it; give the noise schedule as model.scheduler"
         ) from None
-    except Exception as error:  # whatever a scheduler stumbles on in numbers that are no schedule
+    except Exception as error:  # a scheduler may raise anything for wrong numbers
         reason = first_line(error)
         raise UserError(
             f"{key}: {folder / 'scheduler_config.json'} makes no scheduler ({reason})"
@@ -289,20 +289,20 @@ def read_scheduler(
 
 
 def make_part(config: Mapping[str, Any], key: str) -> Any:
-    """What a `_target_` makes."""
+    """The object that the `_target_` of `config` makes."""
     return make(config, f"{key}={config['_target_']}")
 
 
 def make_scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
-    """The noise schedule that `model.scheduler` makes. UserError where it makes anything else."""
+    """The noise schedule that `model.scheduler` makes. UserError if it makes anything else."""
     made = make_part(config, "model.scheduler")
     if not isinstance(made, SchedulerMixin):
-        raise UserError(f"model.scheduler._target_={config['_target_']}: a scheduler is asked")
+        raise UserError(f"model.scheduler._target_={config['_target_']}: expected a scheduler")
     return made
 
 
 class GroupNormInFloat32(nn.GroupNorm):
-    """A group norm that works in float32 whatever its weights and inputs are, as under autocast."""
+    """A group norm that computes in float32, as under autocast, for any type of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
@@ -310,9 +310,9 @@ class GroupNormInFloat32(nn.GroupNorm):
 
 
 def lay_out(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """`network`, not moved, as inference on `device` and the memory layout asked for have it."""
+    """`network`, changed for inference on `device` with that memory layout, but not moved."""
     if device.type == "cpu" and network.dtype in (torch.bfloat16, torch.float16):
-        # On CPUs torch's own kernel for group norms takes five times as long in bfloat16.
+        # On CPUs, torch's own kernel for group norms takes five times as long in bfloat16.
         for module in network.modules():
             if type(module) is nn.GroupNorm:
                 module.__class__ = GroupNormInFloat32
@@ -322,15 +322,15 @@ def lay_out(network: nn.Module, device: torch.device, channels_last: bool) -> nn
 
 
 def prepare(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """`network` for inference on `device`, in the memory layout that is asked for."""
+    """`network` for inference on `device`, with that memory layout."""
     return lay_out(network, device, channels_last).to(device)
 
 
 @contextmanager
 def finite_outputs(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[None]:
-    """FloatingPointError, naming step and timestep, when `network` returns NaN or inf inside.
+    """FloatingPointError, with step and timestep, if `network` returns NaN or inf inside.
 
-    Not where the scheduler `may_diverge`. Its timesteps are those of the trajectory.
+    There is no error if `scheduler` says `may_diverge`. Its timesteps must be the trajectory's.
     """
     if getattr(scheduler, "may_diverge", False):
         yield
@@ -350,7 +350,7 @@ def finite_outputs(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[No
     def look(_: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output.sample
         finite.append(output.isfinite().all())
-        # On an accelerator one look at the end: each look would make the host wait for it.
+        # An accelerator is checked at the end only: each check would make the host wait for it.
         if output.device.type == "cpu":
             check()
 

@@ -1,4 +1,4 @@
-"""Unconditional models in pixel space: finding and loading them, and the sampling loop."""
+"""Unconditional models in pixel space: finds and loads them; and the sampling loop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lml.schema import check_whole
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] to 0 ... 255: round(127.5 x + 127.5), clamped. The project's one rule for it.
+    """[-1, 1] to 0 ... 255: round(127.5 x + 127.5), clamped. All of the project uses this rule.
 
-    NaN is 0, as in the images that diffusers' own pipelines store.
+    NaN becomes 0, as in the images that diffusers' own pipelines store.
     """
     return (127.5 * x.float() + 127.5).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
 
@@ -31,8 +31,9 @@ def to_uint8(x: Tensor) -> Tensor:
 class SpaceToDepth(nn.Module):
     """A UNet2DModel trained on `patch` x `patch` blocks of pixels as channels, called on images.
 
-    Call: as UNet2DModel's, images (B, C / patch², patch·H, patch·W) for a network of (B, C, H, W).
-    The rearrangement is an orthonormal permutation, so a sampler need not know of it.
+    It is called as the UNet2DModel is, with images (B, C / patch², patch·H, patch·W) for a network
+    of (B, C, H, W). Samplers need not know of the rearrangement, since it is an orthonormal
+    permutation.
     """
 
     def __init__(self, network: UNet2DModel, patch: int):
@@ -77,32 +78,31 @@ def size(network: nn.Module) -> tuple[int, int]:
 
 @dataclass
 class PixelModel:
-    """A model that was found, and is not loaded yet.
+    """A model whose files were found and are not loaded yet.
 
-    `settings` tells it from any other model, whatever path it was found under; `scheduler` holds
-    its noise schedule.
+    `settings` identify the model, whatever its path is; `scheduler` holds its noise schedule.
     """
 
     name: str
     settings: dict[str, Any]
     scheduler: SchedulerMixin
     config: Mapping[str, Any]
-    weights: loading.Weights | None = None  # None for networks that are made, not read
+    weights: loading.Weights | None = None  # None if the network is made, not read
     _: KW_ONLY
-    sample_size: int | None = None  # of the network's samples; None is its own
+    sample_size: int | None = None  # of the network's samples; None for the network's own size
     has_latents: ClassVar[bool] = False
 
     def load(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool = False
     ) -> nn.Module:
-        """The network, ready to be called. UserError when its files don't make one."""
+        """Load the network. UserError if its files don't make one."""
         if self.weights is None:
             network = loading.make_part(self.config["network"], "model.network").to(dtype)
         else:
             key = loading.describe_key(self.config)
             network = loading.read_network(UNet2DModel, self.weights, dtype, key)
             if network.class_embedding is not None:
-                raise UserError(f"{key}: conditional on a class; an unconditional model is asked")
+                raise UserError(f"{key}: conditional on a class; expected an unconditional model")
             if self.sample_size is not None:
                 network.register_to_config(sample_size=self.sample_size)
         if self.config.get("patch", 1) > 1:
@@ -112,7 +112,7 @@ class PixelModel:
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
     ) -> PixelSampler:
-        """What makes images with the loaded network."""
+        """Load the network, and return the sampler."""
         network = self.load(device, dtype, channels_last)
         return PixelSampler(torch.compile(network) if compile else network, channels_last)
 
@@ -120,9 +120,9 @@ class PixelModel:
 class PixelSampler:
     """Makes images from seeds with one network.
 
-    `network` is what an evaluation is counted by, `parts` are networks beside it, by what their
-    time is called; `guided` says whether it is called on twice the batch. `latents` (B, ...) are
-    those of the last call, as the solver left them, of models that have some.
+    Evaluations are calls of `network`. `parts` are its other networks, by the name of their time
+    in timing.json. `guided` says whether `network` is called on twice the batch. `latents`
+    (B, ...) are the solver's result in the last call; None if the model has none.
     """
 
     guided = False
@@ -141,9 +141,9 @@ class PixelSampler:
         decode: bool = True,
         **step_options: Any,
     ) -> Tensor:
-        """Images (B, C, H, W) in about [-1, 1], one of each seed.
+        """Images (B, C, H, W) in about [-1, 1], one for each seed.
 
-        Without `decode`, the latents of models that have some.
+        Without `decode`, the latents, if the model has any.
         """
         shape = (self.network.config.in_channels, *size(self.network))
         noise, generators = draw_noise(seeds, shape)
@@ -156,14 +156,14 @@ def find_pixel_model(config: Mapping[str, Any]) -> PixelModel:
     """The model that a config of the group `model` describes.
 
     Either `network` and `scheduler` are objects to make (`_target_`), or `path` (or `hub_id` and
-    `revision`) is a folder in diffusers' format, of a pipeline or of a network alone; then
-    `scheduler` is only asked where the folder has none; `sample_size` has a convolutional network
-    make images of another size than its own. UserError when there is no such model.
+    `revision`) is a folder in diffusers' format, of a pipeline or of a network alone. In the second
+    case, `scheduler` is needed only if the folder has none. With `sample_size`, a convolutional
+    network makes images of another size than its own. UserError if there is no such model.
     """
     if config.get("network"):
         made = {key: config.get(key) for key in ("network", "scheduler")}
         if made["scheduler"] is None:
-            raise UserError("model.scheduler=null: the noise schedule is asked, of model.network")
+            raise UserError("model.scheduler=null: expected the noise schedule of model.network")
         scheduler = loading.make_scheduler(made["scheduler"])
         return PixelModel(config["name"], made, scheduler, config)
     patch = config.get("patch", 1)
@@ -173,7 +173,8 @@ def find_pixel_model(config: Mapping[str, Any]) -> PixelModel:
     channels = network.get("in_channels", 3)
     if channels % patch**2:
         raise UserError(
-            f"model.patch={patch}: the network's {channels} channels are no multiple of {patch**2}"
+            f"model.patch={patch}: the network's {channels} channels are not a multiple of "
+            f"{patch**2}"
         )
     scheduler, schedule = loading.read_scheduler(root, key, config)
     settings = {"network": weights.sha256, "scheduler": schedule, "patch": patch}
@@ -184,16 +185,16 @@ def find_pixel_model(config: Mapping[str, Any]) -> PixelModel:
 
 
 def choose_size(asked: int | None, network: Mapping[str, Any], patch: int) -> int | None:
-    """The size of the network's samples for images of `asked` pixels; None where it is its own.
+    """The size of the network's samples for images of `asked` pixels; None for its own size.
 
-    UserError unless the network's convolutions can halve it as often as they do.
+    UserError unless the network's convolutions can halve it often enough.
     """
     if asked is None:
         return None
-    blocks = len(network.get("down_block_types") or range(4))  # four, where the file doesn't say
+    blocks = len(network.get("down_block_types") or range(4))  # diffusers' default is four
     step = patch * 2 ** (blocks - 1)
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < step or asked % step:
-        raise UserError(f"model.sample_size={asked}: null, or a multiple of {step}, is asked")
+        raise UserError(f"model.sample_size={asked}: expected null or a multiple of {step}")
     return None if asked // patch == network.get("sample_size") else asked // patch
 
 
@@ -209,7 +210,7 @@ def find_network(
 def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
     """Standard normal float32 noise (B, *shape), each row from its own seed, and the generators.
 
-    Drawn on the CPU, so that it is the same on every device.
+    It is drawn on the CPU, so that it is the same for every device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(*shape, generator=g) for g in generators]), generators
@@ -227,17 +228,16 @@ def sample(
 ) -> Tensor:
     """Integrate from `noise` (B, C, H, W) to images of the same shape, in about [-1, 1].
 
-    The solver works in float32 (or float64, if the network does), whatever the network's type.
-    `generators` feed solvers that add noise; `step_options` go to `scheduler.step`. Raises
-    FloatingPointError, naming step and timestep, when the network returns NaN or inf, unless the
-    solver is one that `may_diverge`.
+    The solver computes in float32, or in float64 if the network does. Solvers that add noise draw
+    it from `generators`; `step_options` go to `scheduler.step`. FloatingPointError, with step and
+    timestep, if the network returns NaN or inf, unless the solver `may_diverge`.
     """
     device, dtype = network.device, network.dtype
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_options["generator"] = generators
     scheduler.set_timesteps(steps)
-    # Flow matching knows neither: its noise has unit variance and its inputs are as they are.
+    # Flow matching has neither: its noise has unit variance, and its inputs are not scaled.
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     x = noise.to(device, torch.promote_types(dtype, torch.float32))
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -28,20 +28,20 @@ from lml.instances import SCHEDULERS
 from lml.pipelines import loading
 from lml.schema import PipelineIndex
 
-# Where the classes of a pipeline's parts are from.
+# The libraries that the classes of a pipeline's parts may come from.
 LIBRARIES = ("diffusers", "transformers", *SCHEDULERS[1:])
-# They look at finished images or at image prompts, which we have none of.
+# These parts check finished images or encode image prompts. We use neither.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 INSTALL = "`pip install -e '.[text]'`"
-# What transformers reads a SentencePiece model with, by the names to install and to import.
+# transformers needs these to read a SentencePiece model: the name to install, the name to import.
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
 
 @dataclass
 class TextModel:
-    """A text-to-image pipeline that was found, and is not loaded yet.
+    """A text-to-image pipeline whose files were found and are not loaded yet.
 
-    `settings` tells it from any other; `scheduler` holds its noise schedule.
+    `settings` identify the model, whatever its path is; `scheduler` holds its noise schedule.
     """
 
     name: str
@@ -57,11 +57,11 @@ class TextModel:
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
     ) -> TextSampler:
-        """What makes images with the loaded pipeline. UserError when its files don't make one."""
+        """Load the pipeline, and return the sampler. UserError if its files don't make one."""
         config, key = self.config, loading.describe_key(self.config)
         offload = config.get("cpu_offload")
         if offload and device.type == "cpu":
-            raise UserError("model.cpu_offload=true: an accelerator is asked to offload from")
+            raise UserError("model.cpu_offload=true: expected an accelerator; use device=cuda")
         if offload and not _is_installed("accelerate"):
             raise UserError(f"model.cpu_offload=true: needs accelerate: {INSTALL}")
         _be_quiet(self.name)
@@ -131,7 +131,7 @@ class TextSampler:
         return self.options.get("height", default), self.options.get("width", default)
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
-        """A line for each text encoder that does not see all of every prompt."""
+        """A line for each text encoder that cuts prompts off."""
         lines = []
         for name, tokenizer in self.pipe.components.items():
             if not name.startswith("tokenizer") or tokenizer is None:
@@ -157,7 +157,7 @@ class TextSampler:
         decode: bool = True,
         **step_options: Any,
     ) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], one of each seed and prompt."""
+        """Images (B, 3, H, W) in [-1, 1], one for each seed and prompt."""
         options = {**self.options, **self._step_options(scheduler, step_options)}
         if self.negative_prompt:
             options["negative_prompt"] = [self.negative_prompt] * len(prompts)
@@ -175,8 +175,7 @@ class TextSampler:
         except (AttributeError, TypeError, ValueError) as error:
             if not self.extra or isinstance(error, UserError):
                 raise
-            # Such an option is diffusers' affair, and some fail in it: clip_skip does with
-            # transformers 5.
+            # diffusers itself may fail with such an option, as with clip_skip under transformers 5.
             given = ", ".join(f"{key}={value}" for key, value in self.extra.items())
             reason = first_line(error)
             raise UserError(
@@ -199,7 +198,7 @@ class TextSampler:
 
 @contextmanager
 def _last_step(scheduler: SchedulerMixin) -> Iterator[list[Tensor]]:
-    """A list that holds what the scheduler's last step inside gave; not all pipelines tell."""
+    """A list that holds the result of the scheduler's last step; not all pipelines return it."""
     last, step = [], scheduler.step
 
     @functools.wraps(step)
@@ -216,9 +215,9 @@ def _last_step(scheduler: SchedulerMixin) -> Iterator[list[Tensor]]:
 
 
 def find_text_model(config: Mapping[str, Any]) -> TextModel:
-    """The pipeline that `path`, or `hub_id` at `revision`, holds, with `controlnet` if any.
+    """The pipeline in the folder `path`, or in `hub_id` at `revision`, with its `controlnet`.
 
-    UserError when there is none, or for an option out of its range.
+    UserError if there is no pipeline, or if an option is out of its range.
     """
     _check(config)
     key = loading.describe_key(config)
@@ -228,7 +227,7 @@ def find_text_model(config: Mapping[str, Any]) -> TextModel:
         variant=config.get("variant"),
         use_safetensors=config.get("use_safetensors", True) or None,
         trust_remote_code=False,
-        **dict.fromkeys(LEFT_OUT),  # what is given is not fetched
+        **dict.fromkeys(LEFT_OUT),  # parts that are given are not fetched
     )
     index = _read_index(root, key)
     name, control, settings = index["_class_name"], None, {}
@@ -244,10 +243,10 @@ def find_text_model(config: Mapping[str, Any]) -> TextModel:
         settings["control_image"] = _image_hash(config.get("control_image"))
     pipeline = getattr(diffusers, name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
-        raise UserError(f"{key}: a {name}, which diffusers has not got")
+        raise UserError(f"{key}: a {name}, which diffusers does not have")
     missing = [part for part in ("vae",) if part not in index]
     if "prompt" not in inspect.signature(pipeline.__call__).parameters or missing:
-        raise UserError(f"{key}: a {name}; a pipeline from text to images is asked")
+        raise UserError(f"{key}: a {name}; expected a pipeline from text to images")
     scheduler, schedule = loading.read_scheduler(root, key, config)
     options = ("guidance_scale", "negative_prompt", "height", "width", "call", "variant")
     networks = {part: _find_part(root, part, key, config) for part in _networks(root)}
@@ -264,18 +263,18 @@ def _check(config: Mapping[str, Any]) -> None:
     scale = config["guidance_scale"]
     real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not real or not math.isfinite(scale) or scale < 0:
-        raise UserError(f"model.guidance_scale={scale}: a number of at least 0 is asked")
+        raise UserError(f"model.guidance_scale={scale}: expected a number of at least 0")
     for key in ("height", "width"):
         value = config.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (whole and value > 0 and value % 8 == 0):
-            raise UserError(f"model.{key}={value}: a multiple of 8 pixels is asked")
+            raise UserError(f"model.{key}={value}: expected a multiple of 8 pixels")
     negative = config.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
-        raise UserError(f"model.negative_prompt={negative}: text is asked, one for all images")
+        raise UserError(f"model.negative_prompt={negative}: expected text, one for all images")
     for key in ("cpu_offload", "slicing", "use_safetensors"):
         if not isinstance(config.get(key, False), bool):
-            raise UserError(f"model.{key}={config[key]}: true or false is asked")
+            raise UserError(f"model.{key}={config[key]}: expected true or false")
 
 
 def _read_index(root: Path, key: str) -> dict[str, Any]:
@@ -292,20 +291,20 @@ def _read_index(root: Path, key: str) -> dict[str, Any]:
 
 
 def _check_class(value: list, label: str) -> None:
-    """UserError unless [library, class] is a class of a library that runs no code of the model's.
+    """UserError unless [library, class] is a class of `LIBRARIES` that runs no code of the model.
 
-    The class that an Auto class becomes is in the model's own config, and may be in a file of it.
+    An Auto class reads its class from the model's config, which may name a file of the model.
     """
     library, name = value if len(value) == 2 else (None, None)
     if library not in LIBRARIES or not isinstance(name, str):
         libraries = ", ".join(LIBRARIES)
-        raise UserError(f"{label} is of {value!a:.200}; a class of {libraries} is asked")
+        raise UserError(f"{label} is of {value!a:.200}; expected a class of {libraries}")
     if re.match("Auto[A-Z]", name):
-        raise UserError(f"{label} is an {name}, which may run code of the model's; name its class")
+        raise UserError(f"{label} is an {name}, which may run the model's own code; name its class")
 
 
 def _networks(root: Path) -> dict[str, tuple[str, str]]:
-    """(library, class) of each part of a pipeline that holds weights and is used."""
+    """(library, class) of each part of a pipeline that has weights and is used."""
     index = read_object(root / "model_index.json", PipelineIndex)
     return {
         name: tuple(value)
@@ -323,7 +322,7 @@ def _denoiser(root: Path) -> str:
 
 
 def _be_quiet(name: str) -> None:
-    """No bars while loading, and no warning of a cut prompt at every batch: `cut` says it once."""
+    """No bars while loading, and no warning for prompts cut in every batch: `cut` says it once."""
     try:
         from transformers.utils import logging as transformers_logging
     except ImportError:
@@ -343,9 +342,9 @@ def _is_installed(module: str) -> bool:
 
 
 def _tokenizer_reason(root: Path, error: Exception) -> str | None:
-    """Why a tokenizer that is a SentencePiece model alone cannot be read; None if it can.
+    """Why a tokenizer that is only a SentencePiece model cannot be read; None if it can.
 
-    What cannot be read transformers takes for a tiktoken file; the `error` then is of that.
+    transformers takes an unreadable file for one of tiktoken; `error` is then misleading.
     """
     for file in sorted(root.glob("tokenizer*/*.model")):
         if (file.parent / "tokenizer.json").exists():
@@ -361,7 +360,7 @@ def _tokenizer_reason(root: Path, error: Exception) -> str | None:
 def _left_out(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
     taken = inspect.signature(pipeline.__init__).parameters
     left = {name: None for name in LEFT_OUT if name in taken}
-    # SDXL marks its images where the package for it happens to be installed
+    # SDXL puts a watermark on its images if the package for it happens to be installed
     off = ("requires_safety_checker", "add_watermarker")
     return left | {name: False for name in off if name in taken}
 
@@ -407,7 +406,7 @@ def _image_hash(path: str | None) -> str:
 
 def _read_control(path: str | None) -> Tensor:
     if path is None:
-        raise UserError("model.control_image=null: the image that the ControlNet follows is asked")
+        raise UserError("model.control_image=null: expected the image that the ControlNet follows")
     file = locate(path)
     if not file.is_file():
         raise UserError(f"model.control_image={path}: no such file")
@@ -420,13 +419,13 @@ def _read_control(path: str | None) -> Tensor:
 def _control_image(
     config: Mapping[str, Any], accepted: Mapping[str, Any], size: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """The option of the pipeline's call that holds the control image, (1, 3, H, W) in [0, 1]."""
+    """The option of the pipeline's call for the control image, (1, 3, H, W) in [0, 1]."""
     image = _read_control(config["control_image"])
     if tuple(image.shape[1:]) != size:
         (height, width), (h, w) = size, image.shape[1:]
         raise UserError(
-            f"model.control_image={config['control_image']}: {w}x{h} pixels; the images have "
-            f"{width}x{height} (model.width, model.height)"
+            f"model.control_image={config['control_image']}: {w}x{h} pixels; expected "
+            f"{width}x{height}, the images' size (model.width, model.height)"
         )
     name = "control_image" if "control_image" in accepted else "image"
     return {name: image[None].float() / 255}

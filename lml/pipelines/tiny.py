@@ -1,6 +1,6 @@
 """The pipelines of the config group `model`, tiny and random, in diffusers' own classes.
 
-The tests and the benchmark have them in place of what a hub would have to be asked for.
+Tests and the benchmark use them in place of models from a hub.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def controlnet() -> ControlNetModel:
         **BLOCKS,
     )
     for block in [*model.controlnet_down_blocks, model.controlnet_mid_block]:
-        torch.nn.init.normal_(block.weight)  # a fresh one does nothing
+        torch.nn.init.normal_(block.weight)  # a fresh ControlNet changes nothing
     return model
 
 
@@ -244,7 +244,7 @@ def latent(folder: Path) -> None:
         ),
         "scheduler": DDIMScheduler(**SCHEDULE, clip_sample=False),
     }
-    # codes as far apart as latents are, or all latents would have the same ones
+    # codes as far apart as latents are, or all latents would get the same code
     torch.nn.init.normal_(parts["vqvae"].quantize.embedding.weight)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
@@ -258,4 +258,4 @@ PIPELINES: dict[str, Callable[[Path], DiffusionPipeline]] = {
     "pixart": pixart,
     "flux": flux,
 }
-FLOW = ("sd3", "flux")  # of flow matching, with a noise schedule of its own
+FLOW = ("sd3", "flux")  # flow matching, with its own noise schedule

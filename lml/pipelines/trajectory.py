@@ -1,4 +1,4 @@
-"""What happens along a run's trajectories, written down as they are made."""
+"""Records what happens along a run's trajectories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lml.exact import ExactModel
 class Correction:
     """One call of LML: the direction g, g', the anchors and the damping (None: g' is g).
 
-    Tensors are (B, C, H, W); `anchors` are what `LMLCorrection` was given.
+    Tensors are (B, C, H, W); `anchors` are those that `LMLCorrection` was called with.
     """
 
     direction: Tensor
@@ -29,11 +29,11 @@ class Correction:
 
 @dataclass
 class Trajectory:
-    """The way of a batch of B samples, from noise to images.
+    """The trajectory of a batch of B samples, from noise to images.
 
-    Every tensor is (B, C, H, W). `evaluations`: at each call of an exact model the timestep and
-    the x_t that it was given, of noise σ and signal α; of other networks nothing. `corrections`:
-    one at each step that LML corrects. `images`: in about [-1, 1].
+    Every tensor is (B, C, H, W). `evaluations`: for each call of an exact model, the timestep and
+    x_t = α x_0 + σ ε; empty for other networks. `corrections`: one for each step that LML corrects.
+    `images`: in about [-1, 1].
     """
 
     evaluations: list[tuple[float, Tensor]] = field(default_factory=list)
@@ -43,10 +43,10 @@ class Trajectory:
 
 @dataclass
 class Replay:
-    """The first `count` samples of a run, made again and watched.
+    """The first `count` samples of a run, made again and recorded.
 
-    `timesteps` are those of the network's evaluations, `batches` this process's share of the
-    samples, each made when it is asked for.
+    `timesteps` are those of the network's evaluations. `batches` are this process's share of the
+    samples; each is made when the iterator reaches it.
     """
 
     network: nn.Module
@@ -58,9 +58,9 @@ class Replay:
 
 @contextmanager
 def record(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[Trajectory]:
-    """A `Trajectory` to which what `network` and `scheduler` do inside is written, but the images.
+    """A `Trajectory` that records the calls of `network` and `scheduler` inside, without images.
 
-    `scheduler` has to be the object that is used, and not a copy.
+    `scheduler` must be the object that is used, not a copy.
     """
     trajectory = Trajectory()
 

@@ -1,1 +1,1 @@
-"""A run: seeds to batches to images in a run folder; and its scores."""
+"""A run: from seeds to batches of images in a run folder, and their scores."""

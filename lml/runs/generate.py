@@ -37,10 +37,11 @@ def generate(
     wait: bool = False,
     latents: bool = False,
 ) -> tuple[RunFolder, dict[str, Any]]:
-    """The run folder with all its images, and the timing of those made now ({} if none was).
+    """Make the images that are missing. Returns the run folder and the timing of those made now.
 
-    With `wait`, a process that makes the same run is let finish, and not an error. With `latents`,
-    those that images were decoded from are kept beside them, if the model has any.
+    The timing is {} if no image was missing. With `wait`, wait for another process that makes the
+    same run; otherwise that is a UserError. With `latents`, also keep the latents that the images
+    were decoded from, if the model has any.
     """
     model = find_model(cfg["model"])
     planned = plan(cfg, model, choose_prompts(cfg, model))
@@ -75,7 +76,7 @@ def _open(
     count = cfg["num_images"]
     folder.open({**cfg, "provenance": provenance()}, cfg["overwrite"], wait)
     try:
-        if cfg.get("metrics") and not cfg["overwrite"]:  # before there is anything to add
+        if cfg.get("metrics") and not cfg["overwrite"]:  # before any work
             path = folder.path / "metrics.json"
             read_metrics(path, f"run_dir={folder.path}: {path.name}")
         stored, broken = folder.survey(count)
@@ -88,9 +89,9 @@ def _open(
         names = ", ".join(broken[:5])
         observer.say(f"{folder.images}: broken or not this run's, made again: {names}{more}")
     if len(stored) == count and not complete and not (folder.path / "timing.json").exists():
-        # Cut after its last image: the last batch again, so that there is a time to tell.
+        # Interrupted after its last image: make the last batch again, to have a timing.
         stored -= set(range(count - 1 - (count - 1) % cfg["batch_size"], count))
-    # An image whose latents are asked for and were not kept is made again, the same.
+    # Where latents are needed but were not kept, the same image is made again.
     return {i for i in stored if not latents or folder.latents_path(i).exists()}
 
 
@@ -103,7 +104,7 @@ def _finish(
         write_atomic(folder.path / prompt_sets.FILE, prompts.to_jsonl())
     if timing or not (folder.path / "grid.png").exists():
         write_atomic(folder.path / "grid.png", draw_grid(folder, min(count, 64)))
-    # Last, since it says that all is there.
+    # The manifest comes last, since it says that the run is complete.
     if timing or not folder.read_manifest().get("complete"):
         folder.write_manifest(count)
 

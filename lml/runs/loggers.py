@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 
 class Logger:
-    """Logs nowhere; what `logger=none` is."""
+    """Logs nowhere, as `logger=none` does. Other loggers inherit from it."""
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Add numbers, by name."""
@@ -21,13 +21,13 @@ class Logger:
         """Add an image file."""
 
     def finish(self, failed: bool) -> None:
-        """End it; called whatever happened."""
+        """End the log. Always called, also after an error."""
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. Whatever fails in it is one warning, and then it is silent.
+    """Weights & Biases. After a failure it prints one warning and logs nothing more.
 
-    Once its server has not answered, this and all later runs of the process are logged offline.
+    If its server does not answer, this run and all later runs of the process are logged offline.
     """
 
     is_unreachable = False
@@ -59,7 +59,7 @@ class WandbLogger(Logger):
         if settings["mode"] != "auto":
             asked["mode"] = settings["mode"]
         try:
-            # What the config leaves open is as W&B's own variables and files have it.
+            # W&B's own variables and files decide what the config leaves open.
             theirs = wandb.setup().settings
             ours = {"run_name": name, "silent": True, "init_timeout": 30}
             ours["mode"] = "online" if has_key(theirs.base_url) else "offline"
@@ -84,7 +84,7 @@ class WandbLogger(Logger):
                 )
                 asked["mode"] = "offline"
                 return start()
-        except ValidationError as error:  # of a variable, or of the config
+        except ValidationError as error:  # a wrong variable, or a wrong value in the config
             wrong = error.errors()[0]
             raise ValueError(f"{wrong['loc'][0]}={wrong['input']}: {wrong['msg']}") from None
 
@@ -103,11 +103,11 @@ def _reason(error: BaseException) -> str:
 
 
 def has_key(url: str) -> bool:
-    """Whether there is a key for the W&B at `url`, in the environment or in netrc's file."""
+    """Whether the environment or the netrc file has a key for the W&B server at `url`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
-        # by its name, as W&B does: Python's own default refuses a file that others may read
+        # W&B names the file, too: without a name, Python refuses a file that others may read
         hosts = netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")).hosts
     except (OSError, NetrcParseError):
         return False

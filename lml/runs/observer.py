@@ -1,4 +1,4 @@
-"""Whoever wants to know how a run goes."""
+"""What follows the progress of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lml.runs.store import RunFolder
 
 
 class Observer:
-    """Is told how a run goes. This one only passes on what must be said."""
+    """Is told how a run goes. This class prints messages and ignores the rest."""
 
     def say(self, line: str) -> None:
-        """Something to know that is no error."""
+        """A message that is no error."""
         print(line, file=sys.stderr, flush=True)
 
     def begin(self, total: int) -> None:
@@ -23,7 +23,7 @@ class Observer:
         """`count` more images are made."""
 
     def finish(self, folder: RunFolder, timing: Mapping[str, Any]) -> None:
-        """All images are there; `timing` is of those made now, {} if none was."""
+        """All images are stored; `timing` is that of the images made now, {} if there are none."""
 
     def scored(self, results: Mapping[str, dict]) -> None:
-        """What the metrics say."""
+        """The results of the metrics, by name."""

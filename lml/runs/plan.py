@@ -1,4 +1,4 @@
-"""What is known of a run before a network is loaded."""
+"""What can be determined about a run before a network is loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from lml.seals import settings_hash
 
 
 def choose_prompts(cfg: Mapping[str, Any], model: Model) -> prompt_sets.PromptSet | None:
-    """The prompts of the config's `prompts`, as many as images at least; None for other models."""
+    """The prompts of a run, at least one for each image; None for models without prompts."""
     if not isinstance(model, TextModel):
         if cfg["prompts"]:
-            raise UserError(f"prompts: model={model.name} takes none")
+            raise UserError(f"prompts: model={model.name} takes none; use prompts=none")
         return None
     if not cfg["prompts"]:
-        raise UserError(f"prompts=none: model={model.name} needs prompts, as prompts=text does")
+        raise UserError(
+            f"prompts=none: model={model.name} needs prompts; use prompts=text, for example"
+        )
     return prompt_sets.load(cfg["prompts"]).take(cfg["num_images"])
 
 
@@ -39,7 +41,7 @@ def determine(
 ) -> dict[str, Any]:
     """The settings that determine the images; their hash names the run.
 
-    `scheduler` has its timesteps set.
+    The timesteps of `scheduler` must be set.
     """
     keys = ("nfe", "seed", "num_images", "batch_size", "dtype", "compile", "channels_last")
     optional = {"attention": cfg["attention"]} if cfg["attention"] else {}
@@ -53,10 +55,10 @@ def determine(
         try:
             lml = {**lml, "damping": list(scheduler.dampings), "damping_scale": scale}
             lengths = list(scheduler.lengths)
-            # left out where it does nothing: so the run is what it was before there was the option
+            # left out where it does nothing, so that runs older than this option keep their hash
             lml.pop("length", None)
             lml |= {"length": lengths} if set(lengths) != {1.0} else {}
-        except ValueError as error:  # a list for another number of steps
+        except ValueError as error:  # a list of another number of steps
             raise UserError(f"lml.{error}") from None
         optional["method_version"] = METHOD_VERSION
     return {
@@ -71,7 +73,7 @@ def determine(
 
 @dataclass
 class Plan:
-    """What is known of a run before a network is loaded."""
+    """A run before its network is loaded: config, model, prompts, solver, steps and folder."""
 
     cfg: Mapping[str, Any]
     model: Model
@@ -82,10 +84,10 @@ class Plan:
 
 
 def plan(cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | None) -> Plan:
-    """How `cfg` is made with its model and prompts; touches nothing.
+    """Plan the run of `cfg` with its model and prompts. Writes nothing.
 
-    With lml=calibrated the plan's `cfg` has the dampings that were found. UserError for what the
-    solver has not, or cannot do with this model.
+    With lml=calibrated, the plan's `cfg` has the calibrated dampings. UserError for options that
+    the solver doesn't have, and for solvers that don't fit the model.
     """
     cfg = calibrated(cfg, model.settings)
     scheduler = make_scheduler(cfg, model)

@@ -1,4 +1,4 @@
-"""What is done and how much time is left, on the terminal."""
+"""Progress on the terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """What is done, how much a second and the time left: a bar in a terminal, else a line at times.
+    """Shows the work done, the speed and the time left.
 
-    It counts images, or what `unit` is.
+    In a terminal it is a bar, otherwise a line every `LINE_SECONDS`. It counts in `unit`s.
     """
 
     def __init__(self, total: int, show: bool = True, unit: str = "image"):

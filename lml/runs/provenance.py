@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed."""
+    """The command line as it was typed."""
     return shlex.join(["python", *sys.argv])
 
 

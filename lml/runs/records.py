@@ -1,4 +1,4 @@
-"""What the files in a run's folder say of it: config.yaml and metrics.json."""
+"""The records in a run's folder: config.yaml and metrics.json."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from lml.files import (
 from lml.schema import check
 from lml.seals import settings_hash
 
-WAIT = 60.0  # seconds that a process waits for another to have added its scores
-# What a run's folder holds beside its configuration, its images and their latents.
+WAIT = 60.0  # seconds to wait while another process adds its scores
+# The files in a run's folder beside its config, its images and their latents.
 WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
 
 
 def read_metrics(path: Path, label: str) -> dict[str, Any]:
-    """What a file of metrics says, {} without one.
+    """The content of a file of metrics; {} if there is no file.
 
-    UserError, beginning with `label`, for anything else: it could only be replaced.
+    UserError, beginning with `label`, for any other file: adding scores would destroy it.
     """
     try:
         value = load_json(path)
         entries = value.values() if isinstance(value, dict) else [None]
         if not all(isinstance(entry, dict) and "value" in entry for entry in entries):
-            raise ValueError("no values by the names of metrics")
+            raise ValueError("expected the names of metrics and their values")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -52,15 +52,15 @@ def read_metrics(path: Path, label: str) -> dict[str, Any]:
 def merge_metrics(path: Path, entries: Mapping[str, Any], label: str) -> None:
     """Add `entries` to the file of metrics in `path`; those of the same name are replaced.
 
-    UserError as `read_metrics`. Of processes that do it at a time each waits for the others, if all
-    hold the lock of the file: of a run's metrics.json that is its folder's.
+    UserError as `read_metrics`. Several processes may do this at a time if each holds the lock of
+    the file. For a run's metrics.json, that is the lock of the run's folder.
     """
     write_json(path, {**read_metrics(path, label), **entries}, label.partition("=")[0])
 
 
 @contextlib.contextmanager
 def hold(lock: FileLock, label: str) -> Iterator[None]:
-    """Hold `lock`. UserError, beginning with `label`, when another process does for `WAIT` s."""
+    """Hold `lock`. UserError, beginning with `label`, if another process holds it for `WAIT` s."""
     try:
         lock.acquire(timeout=WAIT)
     except Timeout:
@@ -74,9 +74,9 @@ def hold(lock: FileLock, label: str) -> Iterator[None]:
 
 
 def check_output(path: str | Path, key: str) -> None:
-    """UserError where what is written to `path` would be among a run's own files.
+    """UserError if `path` is among a run's own files. `key` is the key that set the path.
 
-    A run refuses images that aren't its own. `key` is what the user gave the path as.
+    A run refuses a folder with images that aren't its own.
     """
     absolute = Path(path).resolve()
     for folder in absolute.parents:
@@ -94,7 +94,7 @@ def check_output(path: str | Path, key: str) -> None:
 def read_config(path: str | Path, schema: Any = None) -> dict[str, Any]:
     """config.yaml of the run in the folder `path`.
 
-    UserError when that is no run's folder, or the config is not as `schema` says.
+    UserError if that is no run's folder, or if the config does not fit `schema`.
     """
     path = Path(path)
     if not path.is_dir():
@@ -111,7 +111,7 @@ def read_config(path: str | Path, schema: Any = None) -> dict[str, Any]:
 
 
 def check_recorded(path: str | Path, config: Mapping[str, Any]) -> None:
-    """UserError unless manifest.json has the hashes of config.yaml, which reads as `config`."""
+    """UserError if config.yaml, read as `config`, does not have the hashes in manifest.json."""
     manifest = read_json(Path(path) / "manifest.json")
     hashes = {
         "config_sha256": file_hash(Path(path) / "config.yaml"),
@@ -121,5 +121,5 @@ def check_recorded(path: str | Path, config: Mapping[str, Any]) -> None:
         if manifest.get(key) != value:
             raise UserError(
                 f"run_dir={path}: config.yaml was edited after the run (manifest.json has another "
-                f"{key}), so that nothing is made of it"
+                f"{key}); restore it"
             )

@@ -1,4 +1,4 @@
-"""A run once more: with a fine solver, or to look at its trajectories."""
+"""A run again: with a fine solver, or to record its trajectories."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from lml.seals import differences
 
 
 def read_made(run_dir: str | Path) -> dict[str, Any]:
-    """What is made of config.yaml when the run in the folder is made again, whoever made it first.
+    """The config to make the run in `run_dir` again; the run may be somebody else's.
 
-    UserError when it was edited after the run, or has things made that are none of ours.
+    UserError if config.yaml was edited after the run, or if it names objects that are not ours.
     """
     config = read_config(run_dir)
     check_recorded(run_dir, config)
@@ -50,8 +50,8 @@ def reference_run(
 ) -> Path:
     """The images that the run `config` approximates: same noise, `nfe` evaluations, LML off.
 
-    With `latents`, those are beside them, if the model has any.
-    They are made under outputs/reference, or found there. Returns their folder.
+    With `latents`, their latents are stored, too, if the model has any. The images are made under
+    outputs/reference, or found there. Returns their folder.
     """
     fine = {
         **config,
@@ -70,8 +70,8 @@ def reference_run(
 def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Replay:
     """The first `count` samples of the run `config` again: same noise, solver and LML, not stored.
 
-    In batches of the run's size, so that with `count` below it numbers may differ by rounding.
-    UserError for a run on the disk that would now come out differently.
+    The batch size is the run's. If `count` is smaller, numbers may differ by rounding. UserError
+    if the run's settings are no longer those that are stored with it.
     """
     model = find_model(config["model"])
     planned = plan(config, model, choose_prompts(config, model))

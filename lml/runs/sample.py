@@ -1,4 +1,4 @@
-"""What scripts/sample.py does: make a run's images, and score them."""
+"""The work of scripts/sample.py: make a run's images, and score them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from lml.runs.score import seal_scores
 
 
 def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
-    """Make the images that `cfg` (configs/sample.yaml) asks for, score them, and return the folder.
+    """Make the images of `cfg` (configs/sample.yaml), score them, and return the run's folder.
 
-    Makes only what is missing. Raises UserError for bad input, RunError when the run cannot go on.
+    Makes only what is missing. Raises UserError for bad input, RunError when the run cannot
+    continue.
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     observer = observer or Observer()
@@ -30,7 +31,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
     device = use_device(config["device"], config["threads"])
     with joined():
         check_prompts(config["metrics"], bool(config["prompts"]))
-        metrics = build(config["metrics"])  # before any work, since it may be a typo
+        metrics = build(config["metrics"])  # before any work, since a name may be misspelt
         check_count(metrics, config["num_images"])
         latents = any(declared(metric).takes_latents for metric in metrics.values())
         folder, timing = generate(config, device, observer, latents=latents)
@@ -42,7 +43,7 @@ def run(cfg: DictConfig, observer: Observer | None = None) -> Path:
             context = Context(reference, device, prompts=texts, replay=again, say=observer.say)
             manifest = on_first(folder.read_manifest)
             results = evaluate(folder.images, metrics, context=context)
-            observer.scored(results)  # first: should the disk be full, they have been seen
+            observer.scored(results)  # shown before they are written, as the disk may be full
             results = seal_scores(results, config["metrics"], folder)
             on_first(partial(folder.add_metrics, results, manifest))
     return folder.path

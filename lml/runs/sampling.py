@@ -1,4 +1,4 @@
-"""Loaded models, and what their code and the accelerator's memory may refuse."""
+"""Loaded models, and the errors of their code and of the accelerator's memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-_loaded: dict[str, Sampler] = {}  # the last one: the runs of a sweep share it, compiled
+_loaded: dict[str, Sampler] = {}  # only the last one, which the runs of a sweep share
 
 
 def load_sampler(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Sampler:
-    """The loaded model; it is kept for the next run."""
+    """Load the model, or take it from the run before."""
     options = (device, DTYPES[cfg["dtype"]], cfg["channels_last"], cfg["compile"])
     key = canonical({"config": cfg["model"], **model.settings, "options": str(options)})
     if key not in _loaded:
@@ -43,9 +43,9 @@ def load_sampler(cfg: Mapping[str, Any], model: Model, device: torch.device) -> 
 
 @contextlib.contextmanager
 def guarded(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Iterator[None]:
-    """Samples of the model are made inside, with the attention that `cfg` asks for.
+    """A context to make samples of the model in, with the attention of `cfg`.
 
-    RunError for too little memory, and for what other people's code stumbles on.
+    RunError for too little memory, and for errors in other people's code.
     """
     name = cfg["attention"]
     attention = sdpa_kernel(ATTENTION[name]) if name else contextlib.nullcontext()
@@ -54,7 +54,7 @@ def guarded(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Itera
             yield
     except RuntimeError as error:
         if re.search("No (available kernel|viable backend)", str(error)):
-            raise RunError(f"attention={name}: not for this model, type and device") from None
+            raise RunError(f"attention={name}: not for this model, dtype and device") from None
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             _refuse(error, model)
         reason = first_line(error)
@@ -75,12 +75,12 @@ def _enough_memory(cfg: Mapping[str, Any], model: Model, device: torch.device) -
             less += ["model.slicing=true", "model.cpu_offload=true"]
         raise RunError(
             f"batch_size={cfg['batch_size']}: too large for {model.name} and the memory of "
-            f"{device}; what takes less: {', '.join(less)}"
+            f"{device}; use less: {', '.join(less)}"
         ) from None
 
 
 def _refuse(error: Exception, model: Model) -> NoReturn:
-    """RunError where other people's code raised it, as on a network's config; else `error`."""
+    """RunError if other people's code raised `error`, as for a wrong config; otherwise `error`."""
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next

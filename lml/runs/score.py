@@ -37,9 +37,9 @@ from lml.seals import sealed, settings_hash, why_not_sealed
 
 
 def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
-    """Whether the run has all its images, and scores of all that the config `metrics` describes.
+    """Whether the run has all its images, and scores for all of the config `metrics`.
 
-    Images that were touched since are read again; scores count with their seals.
+    Image files that are newer than the manifest are read again. A score counts only with its seal.
     """
     if any(folder.changes(quick=True)):
         return False
@@ -48,7 +48,7 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
         entry, digest = results.get(name), settings_hash(config)
         if not isinstance(entry, dict) or why_not_sealed(entry, folder.hash, name):
             return False
-        # What older versions of scripts/evaluate.py scored does not say how it was asked for.
+        # The scores of older versions of scripts/evaluate.py lack the hash of their config.
         if schema.find_problem(schema.Score, entry, name):
             return False
         if entry.get("config_sha256", digest) != digest:
@@ -60,8 +60,8 @@ def is_finished(folder: RunFolder, metrics: Mapping[str, Any]) -> bool:
 class _Asked:
     """The images to score: those of a `run`, which can be made again, or of any folder."""
 
-    images: str | Path  # as it was given
-    scores: Path  # the file for them, unless another is asked for
+    images: str | Path  # as the user gave it
+    scores: Path  # the file for the scores, unless `out` names another
     run: RunFolder | None = None
     reference: Callable[..., Path] | None = None
     replay: Callable[[int], Replay] | None = None
@@ -74,7 +74,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
     observer = observer or Observer()
     run_dir, images = config["run_dir"], config["images"]
     if (run_dir is None) == (images is None):
-        raise UserError(f"run_dir={run_dir}: one of run_dir and images is asked (images={images})")
+        raise UserError(f"run_dir={run_dir}: expected one of run_dir and images (images={images})")
     device = use_device(config["device"], config["threads"])
     asked = _of_folder(images) if run_dir is None else _of_run(run_dir, device, observer)
     run, images = asked.run, asked.images
@@ -87,7 +87,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
         size = config["batch_size"]
         context = Context(asked.reference, device, size, texts, asked.replay, observer.say)
         results = evaluate(images, config["metrics"], context=context)
-        observer.scored(results)  # first: should the disk be full, they have been seen
+        observer.scored(results)  # shown before they are written, as the disk may be full
         if run is not None:
             results = seal_scores(results, config["metrics"], run)
         if is_runs:
@@ -98,7 +98,7 @@ def evaluate_folder(cfg: DictConfig, observer: Observer | None = None) -> Path:
 
 
 def _of_run(run_dir: str, device: torch.device, observer: Observer) -> _Asked:
-    """UserError where that is no complete run's folder, or its config.yaml was edited."""
+    """UserError if `run_dir` has no complete run, or if its config.yaml was edited."""
     images = Path(run_dir) / "images"
     latents = (Path(run_dir) / LATENTS).is_dir()
 
@@ -108,7 +108,7 @@ def _of_run(run_dir: str, device: torch.device, observer: Observer) -> _Asked:
     def again(count: int) -> Replay:
         return replay(read_made(run_dir), device, count)
 
-    made = read_config(run_dir)  # it is a run's; what is made counts only where a metric asks
+    made = read_config(run_dir)  # UserError if it is no run's folder
     if not read_json(Path(run_dir) / "manifest.json", schema.Manifest).get("complete"):
         raise UserError(f"run_dir={run_dir}: not complete; finish the run, or give images={images}")
     check_recorded(run_dir, made)
@@ -117,13 +117,13 @@ def _of_run(run_dir: str, device: torch.device, observer: Observer) -> _Asked:
 
 
 def _of_folder(images: str) -> _Asked:
-    # Not among the images: a run, and what is exported of it, refuse files that aren't theirs.
+    # Beside the folder: a run, and an exported folder, refuse files that aren't theirs.
     folder = Path(os.path.abspath(images))
     return _Asked(images, folder.parent / f"{folder.name}.metrics.json")
 
 
 def _check_out(out: Path, images: str | Path, is_runs: bool) -> None:
-    """UserError where scores cannot be added to the file `out`."""
+    """UserError if scores cannot be added to the file `out`."""
     if not is_runs:
         check_output(out, "out")
     if Path(images).is_dir() and not os.access(out.parent, os.W_OK):
@@ -132,12 +132,12 @@ def _check_out(out: Path, images: str | Path, is_runs: bool) -> None:
 
 
 def _check_images(run: RunFolder, images: Path) -> dict[str, Any]:
-    """The manifest of a run whose images are those that it made. UserError if they aren't."""
+    """The manifest of the run. UserError if the images are no longer those that it made."""
     manifest = run.read_manifest()
     if change := next(run.changes(), None):
         raise UserError(
-            f"run_dir={run.path}: {change}; the same command as before mends the run, and "
-            f"images={images} scores them as they are"
+            f"run_dir={run.path}: {change}; repeat the run's command to mend it, or give "
+            f"images={images} to score them as they are"
         )
     return manifest
 
@@ -150,6 +150,6 @@ def _add_apart(out: Path, results: Mapping[str, dict]) -> None:
 def seal_scores(
     results: Mapping[str, dict], metrics: Mapping[str, Any], run: RunFolder
 ) -> dict[str, dict]:
-    """The results of the config `metrics`: how they were asked for, and the run's seal."""
+    """The results of the config `metrics`, each with the hash of its config and the run's seal."""
     asked = {name: {"config_sha256": settings_hash(metrics[name])} for name in results}
     return {name: sealed(entry | asked[name], run.hash, name) for name, entry in results.items()}

@@ -1,4 +1,4 @@
-"""The solver that a config asks for, on the model's noise schedule."""
+"""Makes the solver of a config, on the model's noise schedule."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lml.errors import UserError, first_line, nearest
 from lml.pipelines import Model
 from lml.schema import check_call
 
-# Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
+# Options of a scheduler that choose its grid of timesteps. The config group `grid` sets them.
 GRID = ("timestep_spacing", *GRIDS)
-OWN_GRID = "of_model"  # of that group: whether the model's own are taken
-# Options of a scheduler that are the model's whatever the solver, as it was trained with them.
+OWN_GRID = "of_model"  # key of that group: whether to use the grid of the model's own scheduler
+# Options of a scheduler that the model was trained with, so that every solver takes them.
 NOISE_SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -38,9 +38,9 @@ NOISE_SCHEDULE = (
 def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     """The solver of config `cfg` on the model's noise schedule, with the grid and LML's options.
 
-    Of the model's own scheduler it takes the noise schedule, and the options that its file names,
-    as diffusers' `from_config` does; those of the grid with `grid=model` alone. UserError for an
-    option that the solver does not have, or a value that it refuses.
+    From the model's own scheduler it takes the noise schedule and the options that are set in its
+    file, as diffusers' `from_config` does. It takes the grid's options only with `grid=model`.
+    UserError for an option that the solver doesn't have, or a value that it refuses.
     """
     name = cfg["solver"]["name"]
     cls = _find_class(cfg["solver"]["scheduler"]["_target_"], name, model)
@@ -56,9 +56,9 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     own = _options_of(model, name, known, cfg["grid"].get(OWN_GRID, False))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # DPM-Solver is deprecated there
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers deprecates DPM-Solver
             return cls.from_config(own, **{k: v for g in groups.values() for k, v in g.items()})
-    except Exception as error:  # whatever a solver stumbles on in its options
+    except Exception as error:  # a solver may raise anything for a wrong option
         reason = first_line(error)
         key = reason.split("=")[0]
         group = next((g for g, values in groups.items() if key in values), None)
@@ -70,14 +70,14 @@ def _without(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _find_class(target: str, name: str, model: Model) -> type[SchedulerMixin]:
-    """The class of the solver called `name`. UserError where it is not for the model."""
+    """The class of the solver called `name`. UserError if it does not fit the model."""
     try:
         cls = get_class(target)
     except Exception as error:  # Hydra wraps whatever the import raised
         reason = first_line(error)
         raise UserError(f"solver.scheduler._target_={target}: {reason}") from None
     if not issubclass(cls, SchedulerMixin):
-        raise UserError(f"solver.scheduler._target_={target}: a scheduler is asked")
+        raise UserError(f"solver.scheduler._target_={target}: expected a scheduler")
     if not any(issubclass(cls, c) for c in (type(model.scheduler), *model.scheduler.compatibles)):
         kind = type(model.scheduler).__name__
         raise UserError(f"solver={name}: not for {model.name}, whose noise schedule is a {kind}")
@@ -87,7 +87,7 @@ def _find_class(target: str, name: str, model: Model) -> type[SchedulerMixin]:
 def _check_options(
     groups: Mapping[str, Mapping[str, Any]], cls: type, known: set[str], cfg: Mapping[str, Any]
 ) -> None:
-    """UserError for an option, by its group, that is none of the `known` of `cls`."""
+    """UserError for an option, listed by its group, that is not among the `known` ones of `cls`."""
     name = cfg["solver"]["name"]
     for group, values in groups.items():
         for key, value in values.items():
@@ -104,31 +104,33 @@ def _check_options(
 
 
 def _check_step(options: Mapping[str, Any], cls: type, name: str) -> None:
-    """UserError for what a step of the solver does not take."""
+    """UserError for an option that a step of the solver does not take."""
     taken = inspect.signature(cls.step).parameters
     for key, value in options.items():
         if key not in taken:
             close = nearest(key, taken)
-            raise UserError(f"solver.step.{key}={value}: {name} takes no such; nearest: {close}")
+            raise UserError(
+                f"solver.step.{key}={value}: {name} has no such option; nearest: {close}"
+            )
     check_call(inspect.unwrap(cls.step), options, "solver.step")
 
 
 def _options_of(model: Model, name: str, known: set[str], own_grid: bool) -> dict[str, Any]:
-    """What the solver takes of the model's own scheduler. UserError for what it has to, and can't.
+    """The options that the solver takes from the model's own scheduler; with `own_grid`, its grid.
 
-    With `own_grid`, its grid, too.
+    UserError if the solver lacks an option of the model's noise schedule.
     """
     own = model.scheduler.config
     for key in NOISE_SCHEDULE:
         if own.get(key) is True and key not in known:
             raise UserError(f"solver={name}: not for {model.name}, whose noise schedule has {key}")
-    # Defaults of the model's scheduler class are not the model's, but for its noise schedule:
-    # there diffusers would put the other class's default, such as Heun's own betas.
+    # Defaults of the model's scheduler class do not belong to the model. The noise schedule does:
+    # without it, diffusers would use the other class's default, such as Heun's own betas.
     defaults = set(own.get("_use_default_values", ())) - set(NOISE_SCHEDULE)
     left = defaults if own_grid else defaults | set(GRID)
     options = {key: value for key, value in own.items() if key in known and key not in left}
     if model.has_latents and "clip_sample" in known:
-        options.setdefault("clip_sample", False)  # to [-1, 1], as DDIM's default is for pixels
+        options.setdefault("clip_sample", False)  # DDIM's default clips pixels to [-1, 1]
     return options
 
 
@@ -140,7 +142,7 @@ def _fitting_grids(known: set[str]) -> list[str]:
 
 
 def read_solver(name: str, key: str) -> dict[str, Any]:
-    """The config group solver=`name`. UserError, beginning with `key`, where there is none."""
+    """The config group solver=`name`. UserError, beginning with `key`, if there is none."""
     known = [file.stem for file in (CONFIGS / "solver").glob("*.yaml")]
     if name not in known:
         raise UserError(f"{key}={schema.shown(name)}: unknown; nearest: {nearest(name, known)}")
@@ -150,18 +152,18 @@ def read_solver(name: str, key: str) -> dict[str, Any]:
 def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
     """The number of steps for which the scheduler called `solver` makes exactly `nfe` evaluations.
 
-    UserError naming the nearest numbers that can be reached, when there is no such number of steps.
+    UserError, with the nearest possible numbers of evaluations, if there is no such number.
     """
     highest = scheduler.config.num_train_timesteps
     if nfe > highest:
         raise UserError(f"nfe={nfe}: at most {highest}, the number of the model's timesteps")
 
     def evaluations(steps: int) -> int:
-        # With dynamic shifting the pipeline gives mu, which depends on the image's size.
+        # With dynamic shifting, the pipeline passes mu, which depends on the image's size.
         mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
         try:
             scheduler.set_timesteps(steps, **mu)
-        except Exception as error:  # whatever a solver stumbles on in such a grid
+        except Exception as error:  # a solver may raise anything for such a grid
             raise UserError(f"nfe={nfe}: not for {solver} ({first_line(error)})") from None
         return len(scheduler.timesteps)
 

@@ -13,9 +13,9 @@ from torch import nn
 
 
 class Stopwatch:
-    """Seconds by part of the work, and the number of samples that a network evaluated.
+    """Counts seconds for each part of the work, and the samples that a network evaluated.
 
-    On CUDA it records events, and looks at them only when it is read.
+    On CUDA it records events, and synchronises only in `seconds`.
     """
 
     def __init__(self, device: torch.device):
@@ -32,9 +32,9 @@ class Stopwatch:
         self._spans.append((part, start, self._now()))
 
     def attach(self, module: nn.Module, part: str, count: bool = False) -> None:
-        """Count the time of every call of `module` as `part`; with `count`, its samples, too.
+        """Until `close`, count the time of every call of `module` as `part`.
 
-        Until `close`.
+        With `count`, also count its samples.
         """
         starts = []
 
@@ -51,7 +51,7 @@ class Stopwatch:
         self._hooks.append(module.register_forward_hook(after))
 
     def close(self) -> None:
-        """Let go of all modules."""
+        """Detach from all modules."""
         while self._hooks:
             self._hooks.pop().remove()
 

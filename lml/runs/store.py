@@ -1,14 +1,14 @@
-"""The run folder: what is written, atomically, and what is known of it afterwards.
+"""The run folder: writes its files atomically, and checks them when they are read.
 
     config.yaml         the configuration, the settings that determine the images, provenance
-    images/000000.png   sealed: a text chunk says which run and index the pixels belong to
-    latents/000000.npy  float32, where a metric asked for them
+    images/000000.png   sealed: a text chunk ties the pixels to the run and the index
+    latents/000000.npy  float32, if a metric needs them
     manifest.json       what is complete, and the sha256 of config and images
-    metrics.json        what the metrics say, each sealed, so that an edit by hand is noticed
+    metrics.json        results of metrics, each sealed, so that an edit by hand is noticed
     timing.json         sealed, too
     grid.png, prompts.jsonl
 
-No journal is kept: an image that is there and whose seal holds is done.
+There is no journal: an image is done if its file is there and its seal is right.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from lml.schema import Manifest
 from lml.seals import differences, settings_hash
 
 SEAL = "lml-seal"
-# What scripts/evaluate.py says of the images as a plain folder.
+# The file of scripts/evaluate.py for the images as a plain folder.
 APART = "images.metrics.json"
 
 
 def _names(folder: Path) -> list[str]:
-    # pathlib's objects take ten times as long, and a run may have a million images
+    # pathlib takes ten times as long, and a run may have a million images
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries]
 
 
 class RunFolder:
-    """One run's folder. `settings` determine the images; `hash` is theirs, and seals each image.
+    """The folder of one run. `settings` determine the images; their `hash` seals each image.
 
-    Making the object touches nothing; `open` does. Messages call the folder `run_dir`.
+    Only `open` touches the disk, not the constructor. Messages call the folder `run_dir`.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]):
@@ -64,17 +64,18 @@ class RunFolder:
         self.settings = settings
         self.hash = settings_hash(settings)
         self._lock = FileLock(self.path / ".lock")
-        self._replaced: Mapping[str, Any] | None = None  # the settings of a run to be replaced
-        self._config: str | None = None  # config.yaml, as long as it has to be written
+        self._replaced: Mapping[str, Any] | None = None  # settings of the run to replace
+        self._config: str | None = None  # config.yaml, until it is written
 
     def open(self, config: Mapping[str, Any], overwrite: bool = False, wait: bool = False) -> None:
-        """Make the folder, or go on with the run in it, and lock it until `close`.
+        """Make the folder, or continue the run in it, and lock it until `close`.
 
-        `config` is written as config.yaml unless it is there. With `wait`, another process that
-        writes to the folder is let finish. With `overwrite`, what a run wrote there is replaced,
-        also if it was this one, but not before `begin`. Raises UserError for a folder that holds
-        another run, for one that is no run's, for one among a run's images, for one whose
-        config.yaml was edited, for one in use and for one that cannot be written to.
+        `config` is written as config.yaml if there is none. With `wait`, wait for another process
+        that writes to the folder. With `overwrite`, `begin` removes the run that is there, even if
+        it is this one.
+
+        UserError if the folder holds another run, is no run's, is among a run's images, is in use
+        or cannot be written to, and if its config.yaml was edited.
         """
         check_output(self.path, "run_dir")
         self._check(overwrite)
@@ -102,17 +103,17 @@ class RunFolder:
             raise
 
     def begin(self) -> None:
-        """Remove what an earlier run wrote, where `open` found one that is to be replaced.
+        """Remove the files of the run to replace, if `open` found one.
 
-        To be called when the first images are made, and only to be written. At whatever moment it
-        is cut, the folder is one of the earlier run, not complete, or one of this.
+        Call it when the first images are made but not yet written. If it is interrupted, the folder
+        is that of the earlier run, incomplete, or that of this run.
         """
         if self._config is None:
             return
         try:
             with replacing(self.path / "config.yaml") as file:
                 file.write(self._config.encode())
-                file.flush()  # a full disk is noticed before anything is gone
+                file.flush()  # a full disk is noticed before anything is removed
                 self._clear()
         except OSError as error:
             raise disk_error(self.path, error) from None
@@ -131,7 +132,7 @@ class RunFolder:
 
     @property
     def is_replacing(self) -> bool:
-        """Whether what is in the folder is still that of a run to be replaced."""
+        """Whether the folder still holds the files of the run to replace."""
         return self._replaced is not None
 
     def close(self) -> None:
@@ -139,16 +140,16 @@ class RunFolder:
         self._lock.release(force=True)
 
     def _check(self, overwrite: bool) -> Mapping[str, Any] | None:
-        """The settings of the run in the folder, if any. UserError when it must not be touched."""
+        """The settings of the run in the folder, or None. UserError if it must not be touched."""
         if not self.path.exists():
             return None
         if not self.path.is_dir():
-            raise UserError(f"run_dir={self.path}: a file; a folder is asked")
+            raise UserError(f"run_dir={self.path}: a file; expected a folder")
         if all(name.startswith(".") for name in _names(self.path)):
             return None
         settings = read_config(self.path)["settings"]
         found = differences(self.settings, settings)
-        # A run that has no image yet (its network would not load, say) has nothing to lose.
+        # A run without images has nothing to lose; its network may not have loaded.
         if found and not overwrite and any(name.endswith(".png") for name in self._images()):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
             raise UserError(
@@ -157,8 +158,8 @@ class RunFolder:
             )
         if not found and not overwrite and self._is_config_edited(self.read_manifest()):
             raise UserError(
-                f"run_dir={self.path}: config.yaml was edited after the run; restore it, or "
-                "overwrite=true makes the run anew"
+                f"run_dir={self.path}: config.yaml was edited after the run; restore it, or use "
+                "overwrite=true to make the run anew"
             )
         return settings if found else self.settings
 
@@ -170,12 +171,12 @@ class RunFolder:
             return True
 
     def _images(self) -> list[str]:
-        """The names in images/, sorted, but for hidden ones."""
+        """The names in images/, sorted, without hidden ones."""
         names = _names(self.images) if self.images.is_dir() else []
         return sorted(name for name in names if not name.startswith("."))
 
     def _owns(self, name: str, num_images: int | None) -> bool:
-        """Whether an image of this run, of so many, or of the one to be replaced has that name."""
+        """Whether an image of this run, or of the run to replace, has this name."""
         if image_index(name, num_images) is not None:
             return True
         theirs = self._replaced
@@ -192,13 +193,13 @@ class RunFolder:
         return digest.hexdigest()
 
     def latents_path(self, index: int) -> Path:
-        """Where the latents that image `index` was decoded from are stored, if they are."""
+        """Where the latents of image `index` are stored, if they are kept."""
         return latents_path(self.image_path(index))
 
     def write_image(
         self, index: int, pixels: np.ndarray, latents: np.ndarray | None = None
     ) -> None:
-        """Store uint8 `pixels` (H, W, C) with C = 1 or 3, sealed; before them the latents."""
+        """Store uint8 `pixels` (H, W, C) with C = 1 or 3, sealed. The latents are stored first."""
         if latents is not None:
             buffer = io.BytesIO()
             np.save(buffer, latents)
@@ -212,7 +213,7 @@ class RunFolder:
         write_atomic(self.image_path(index), buffer.getvalue(), durable=False)
 
     def holds(self, index: int) -> bool | None:
-        """Whether image `index` is there and whole; None when there is no such file."""
+        """Whether the file of image `index` is whole; None if there is no file."""
         path = self.image_path(index)
         if not path.exists():
             return None
@@ -220,16 +221,15 @@ class RunFolder:
             with open_image(path) as image:
                 pixels = np.asarray(image)
                 seal = image.text.get(SEAL)
-        except Exception:  # a broken file raises whatever its decoder stumbled on
+        except Exception:  # a decoder may raise anything for a broken file
             return False
         return seal == self.seal(index, pixels if pixels.ndim == 3 else pixels[..., None])
 
     def survey(self, num_images: int) -> tuple[set[int], list[str]]:
-        """Which images are stored, and the names of files that are broken or of another run.
+        """The indices of stored images, and the names of files that are broken or not this run's.
 
-        A file whose sha256 is in the manifest needs no decoding. Of a run that is to be replaced
-        none is. Raises UserError for images in the folder that could not be this run's, nor its,
-        since metrics would count them.
+        A file whose sha256 is in the manifest needs no decoding. The images of a run to replace do
+        not count. UserError for any other file in images/, since metrics would count it.
         """
         names = self._images()
         for name in names:
@@ -253,10 +253,10 @@ class RunFolder:
         return stored, [found[index] for index, state in states.items() if state is False]
 
     def changes(self, quick: bool = False) -> Iterator[str]:
-        """What of a complete run is not as its manifest says, a few words each.
+        """The differences between a complete run and its manifest, a few words each.
 
-        That is the names and the number of its images, their sha256, and that of config.yaml. If
-        `quick`, a file that is older than the manifest counts as what it was.
+        Compared are the names, the number and the sha256 of the images, and the sha256 of
+        config.yaml. With `quick`, a file that is older than the manifest counts as unchanged.
         """
         manifest = self.read_manifest()
         known, count = manifest.get("images"), self.settings.get("num_images")
@@ -273,7 +273,7 @@ class RunFolder:
             with os.scandir(self.images) as entries:
                 there = {e.name: e.stat() for e in entries if not e.name.startswith(".")}
         except OSError:
-            yield "its images are not there"
+            yield "its images are missing"
             return
         for name in sorted(known.keys() | there.keys()):
             if name not in there:
@@ -291,22 +291,22 @@ class RunFolder:
     def add_metrics(self, entries: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Add `entries` to metrics.json: scores of the images that `manifest` lists, sealed.
 
-        UserError when the run was made anew meanwhile, or metrics.json is no file of metrics.
+        UserError if the run was made anew meanwhile, or if metrics.json is no file of metrics.
         """
         with hold(self._lock, f"run_dir={self.path}"):
             if self.read_manifest() != manifest:
-                raise UserError(f"run_dir={self.path}: it has changed while it was scored")
+                raise UserError(f"run_dir={self.path}: the run changed while it was scored")
             merge_metrics(self.path / "metrics.json", entries, f"run_dir={self.path}: metrics.json")
 
     def read_manifest(self) -> dict[str, Any]:
-        """manifest.json, or {} when there is none of this run's."""
+        """manifest.json of this run; {} if there is none."""
         manifest = read_json(self.path / "manifest.json", Manifest)
         return manifest if manifest.get("settings_sha256") == self.hash else {}
 
     def write_manifest(self, num_images: int, finished: bool = True) -> int:
-        """Say what is stored, and return how many images are.
+        """Write manifest.json, and return the number of images that are stored.
 
-        The run is complete when all are, and `finished` says that nothing else has to be written.
+        The run is complete if all images are stored and nothing else is to be written (`finished`).
         """
         names = [name for name in self._images() if image_index(name, num_images) is not None]
         images = {name: file_hash(self.images / name) for name in names}

@@ -1,4 +1,4 @@
-"""What a run shows while it runs, and what it logs."""
+"""Shows and logs the progress of a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Tracker(Observer):
     def finish(self, folder: RunFolder, timing: Mapping[str, Any]) -> None:
         self._close()
         self.logger.image("grid", folder.path / "grid.png")
-        speed = "all were there"
+        speed = "all were stored before"
         if timing:
             self.logger.log(_flatten({"timing": timing}))
             speed = f"{timing['images_per_second']:.4g} images/s"

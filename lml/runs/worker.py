@@ -1,4 +1,4 @@
-"""One process's part of a run: it makes images, stores them and takes the time."""
+"""One process's share of a run: it makes images, stores them and measures the time."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from lml.runs.writer import Writer
 
 @dataclass
 class _Part:
-    """What one process has to say of its part of the run."""
+    """The results of one process's share of a run."""
 
     images: int
     evaluations: int  # of all images together
-    duration: float  # seconds from its first image to its last, stored
+    duration: float  # seconds until its last image is stored
     guided: bool
     seconds: Counter  # by part of the work
 
 
 @dataclass
 class Worker:
-    """One of the N processes that make a run: every Nth incomplete batch is made by it."""
+    """One process's share of a run: every Nth incomplete batch, with N processes."""
 
     plan: Plan
     device: torch.device
-    stored: set[int] = field(default_factory=set)  # the images that are there
-    latents: bool = False  # keep them, too
+    stored: set[int] = field(default_factory=set)  # the indices of stored images
+    latents: bool = False  # whether to store latents, too
 
     def make(self, observer: Observer) -> dict[str, Any]:
         """Make and store the images that are missing; returns the timing of all processes."""
@@ -65,9 +65,9 @@ class Worker:
         return self._timing(_Part(images, watch.evaluations, duration, guided, watch.seconds()))
 
     def measure(self) -> float:
-        """Network evaluations per second of this process, as `nfe` counts them: of its first batch.
+        """Network evaluations per second of this process, measured on the first batch.
 
-        The network stays loaded, compiled for the size of batch that the run has.
+        They are counted as `nfe` is. The network stays loaded, compiled for the run's batch size.
         """
         sampler, block = self.sampler(), self.blocks(self.plan.cfg["num_images"])[0]
         short = replace(self, plan=replace(self.plan, steps=min(2, self.plan.steps)))
@@ -77,16 +77,16 @@ class Worker:
         return self.plan.cfg["nfe"] * len(block) / (time.perf_counter() - start)
 
     def sampler(self) -> Sampler:
-        """The loaded model; it is kept for the next run."""
+        """The loaded model."""
         return load_sampler(self.plan.cfg, self.plan.model, self.device)
 
     def blocks(self, count: int) -> list[range]:
-        """The first `count` images in batches."""
+        """The indices of the first `count` images, in batches."""
         size = self.plan.cfg["batch_size"]
         return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     def images(self, sampler: Sampler, block: range) -> Tensor:
-        """Those of the numbers in `block`, (B, C, H, W) in about [-1, 1]."""
+        """The images with the indices in `block`, (B, C, H, W) in about [-1, 1]."""
         cfg, model, scheduler = self.plan.cfg, self.plan.model, self.plan.scheduler
         seeds = [cfg["seed"] + i for i in block]
         prompts = self.plan.prompts
@@ -102,7 +102,7 @@ class Worker:
                 ) from None
 
     def _watch(self, sampler: Sampler | None) -> Stopwatch:
-        """Looks at the sampler's networks and at the correction, until it is closed."""
+        """A stopwatch for the sampler's networks and for the correction."""
         watch = Stopwatch(self.device)
         if sampler is None:
             return watch
@@ -117,11 +117,11 @@ class Worker:
         self, blocks: list[range], sampler: Sampler | None, watch: Stopwatch, observer: Observer
     ) -> None:
         """Make the images of `blocks`, and store those that are missing."""
-        # A block is made whole, even if one image is missing: its composition is fixed.
+        # A batch is made whole, even for one missing image: images depend on their batch.
         batches = ((block, self._batch(sampler, block, watch)) for block in blocks)
         with Writer(self.plan.folder) as writer:
             if self.plan.cfg["overwrite"]:
-                # What cannot be made, for whatever reason, replaces nothing.
+                # Only when the first batch is made does this run replace another.
                 batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
                 on_first(self.plan.folder.begin)
             for block, pixels in batches:
@@ -141,12 +141,12 @@ class Worker:
         return pixel.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
     def _timing(self, part: _Part) -> dict[str, Any]:
-        """What timing.json says, of all processes."""
+        """The content of timing.json, for all processes together."""
         parts = gather(part)
         images = sum(part.images for part in parts)
         evaluations = sum(part.evaluations for part in parts)
         per_image, nfe = evaluations / images, self.plan.cfg["nfe"]
-        # Most guided models are evaluated with and without the prompt; some take guidance as input.
+        # Most guided models evaluate with and without the prompt; some take guidance as an input.
         if per_image not in (nfe, 2 * nfe if any(part.guided for part in parts) else nfe):
             raise RuntimeError(f"nfe={nfe}, but {per_image:g} evaluations were counted")
         seconds, outside = _seconds(parts)
@@ -164,7 +164,7 @@ class Worker:
 
 
 def _seconds(parts: Sequence[_Part]) -> tuple[dict[str, float], float]:
-    """Seconds of all processes by what took them, and the share spent outside the networks."""
+    """The seconds of all processes by part of the work, and the share outside the networks."""
     total = sum(part.duration for part in parts)
     spent = sum((part.seconds for part in parts), Counter())
     known = ("sampling", "network", "correction", "writing")
@@ -186,10 +186,11 @@ def _seconds(parts: Sequence[_Part]) -> tuple[dict[str, float], float]:
 def _finite_images(
     sampler: Sampler, scheduler: SchedulerMixin
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function that returns images of `sampler` if all their pixels are finite.
+    """A function that checks images of `sampler` and returns them.
 
-    FloatingPointError when they aren't, or when a decoder inside returned what isn't: pipelines cut
-    infinite values to white. Not where the scheduler `may_diverge` and its latents have.
+    FloatingPointError if a pixel is not finite, or if the decoder returned a value that is not
+    finite, since pipelines cut infinite values to white. There is no error if the solver itself
+    diverged and its scheduler says `may_diverge`.
     """
     decoded: list[Tensor] = []
 

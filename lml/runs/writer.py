@@ -1,4 +1,4 @@
-"""Images are stored while the next are made."""
+"""Stores images while the next ones are made."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Writer:
         self._pending = []
 
     def submit(self, images: Iterable[tuple[int, np.ndarray, np.ndarray | None]]) -> None:
-        """Queue images as `RunFolder.write_image` takes them, once those before are on the disk."""
+        """Wait for the images before, then queue these, as arguments of `RunFolder.write_image`."""
         self.wait()
         self._pending = [self._pool.submit(self.folder.write_image, *image) for image in images]
 
     def wait(self) -> None:
-        """Return when everything is stored; raise what went wrong with the first that isn't."""
+        """Return when all is stored; raise the error of the first image that could not be."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
@@ -33,4 +33,4 @@ class Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()  # what is queued is still stored
+        self._pool.shutdown()  # queued images are still stored

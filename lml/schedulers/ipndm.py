@@ -1,4 +1,4 @@
-"""iPNDM on a DDPM's noise schedule; diffusers' `IPNDMScheduler` has a schedule of its own."""
+"""iPNDM on a DDPM's noise schedule; diffusers' `IPNDMScheduler` has its own schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lml.schedulers.prediction import change_noise
 
-# Adams-Bashforth, the newest first, of as many as there are.
+# Adams-Bashforth weights for one to four predictions, the newest first.
 WEIGHTS = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -20,27 +20,27 @@ WEIGHTS = (
 class DiscreteIPNDMScheduler(DDIMScheduler):
     """DDIM's step along the Adams-Bashforth mean of the last four noise predictions.
 
-    PNDM's transfer and formula (Liu et al., arXiv 2202.09778, equations 9, 11 and 12), begun at
-    lower orders in place of its Runge-Kutta steps (iPNDM, Zhang and Chen, arXiv 2204.13902), so
-    that every step costs one evaluation. The weights are those of equal steps in the variable that
-    is integrated over, which a grid of timesteps does not have: it converges at second order.
+    The step and the formula are PNDM's (Liu et al., arXiv 2202.09778, equations 9, 11 and 12). The
+    first steps have lower orders in place of Runge-Kutta steps (iPNDM, Zhang and Chen, arXiv
+    2204.13902), so that every step costs one evaluation. It converges at second order only: the
+    weights assume equal steps in the integration variable, and grids of timesteps don't have them.
     """
 
     predictions: tuple[Tensor, ...] = ()  # of noise, the newest first, detached
     predicted_at: int | None = None  # the timestep of the newest
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As DDIM's; forgets all earlier predictions."""
+        """As DDIM's. Also forgets all earlier predictions."""
         super().set_timesteps(*args, **kwargs)
         self.predictions, self.predicted_at = (), None
 
     def step(
         self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple:
-        """The sample at the next timestep, as DDIM's without its options for added noise.
+        """The sample at the next timestep, as DDIM's `step` without its options for added noise.
 
-        Earlier predictions of another shape, or of timesteps that are not before this one, are
-        of another trajectory and are forgotten.
+        Earlier predictions belong to another trajectory if they have another shape, or if their
+        timesteps are not before this one. Then they are forgotten.
         """
 
         def mean(noise: Tensor) -> Tensor:

@@ -2,17 +2,17 @@
 
     pipe.scheduler = LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.config, rank=2)
 
-Each class is its diffusers parent with the options of `lml.correction.LMLCorrection` and `target`
-beside the parent's own. `target` says which direction g is corrected:
+Each class adds to its diffusers parent the options of `lml.correction.LMLCorrection` and the option
+`target`, which says what the direction g is:
 
-- "prediction": the noise that the network predicts (after guidance), before the solver sees it.
-  Networks that predict v or x0 are corrected in the noise that this amounts to: the same step
-  for any parametrisation. (Anchors in v make things worse: v turns along a trajectory even where
-  the noise does not.) For flow matching, g is the velocity;
+- "prediction": the noise that the network predicts (after guidance), before the solver uses it.
+  A prediction of v or x0 is converted to noise and back, so that the step does not depend on the
+  parametrisation. (Anchors in v are worse: v turns along a trajectory even if the noise does not.)
+  For flow matching, g is the velocity;
 - "increment": the solver's whole step, x_s = A x_t + g with A the solver's own scalar;
-- "direction": the re-noising term alone, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
+- "direction": only the re-noising term, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
 
-With `rank=0` a scheduler is its parent, bit for bit.
+With `rank=0` a scheduler gives the same result as its parent, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OPTIONS = tuple(parameter.name for parameter in PARAMETERS)
 
 
 def _like(parent: Callable, method: Callable) -> Callable:
-    """`method` under the name and signature of `parent`: pipelines inspect what they may pass."""
+    """`method` with the name and signature of `parent`, since pipelines inspect its options."""
 
     @functools.wraps(parent)
     def like(self, *args, **kwargs):
@@ -53,36 +53,36 @@ def _like(parent: Callable, method: Callable) -> Callable:
 
 
 class LMLSchedulerMixin:
-    """Goes before a diffusers scheduler among the bases of a class: `class X(Mixin, Parent)`.
+    """Adds the correction to a diffusers scheduler: `class X(LMLSchedulerMixin, Parent)`.
 
-    `anchors` and `position`, which a step replaces and never changes in place, are all that is
-    remembered from one step to the next. So a copy of the scheduler, or of its `__dict__`, is a
-    trajectory of its own. A step at or before the last position begins a new one. Gradients flow
-    through a step as through the parent's, but not through the anchors.
+    The only state from one step to the next is `anchors` and `position`. A step replaces them and
+    never changes them in place. So a copy of the scheduler, or of its `__dict__`, continues the
+    trajectory on its own. A step at or before the last position begins a new trajectory. Gradients
+    flow through a step as through the parent's, but not through the anchors.
 
     Raises (when the scheduler is made):
-        ValueError: an option out of its range, or a `target` that the solver has no meaning for.
+        ValueError: an option is out of its range, or the solver does not have this `target`.
     """
 
     targets: tuple[str, ...] = ("prediction",)
     correction_class: type[LMLCorrection] = LMLCorrection
-    convergence_order: int | None = None  # None where the option `solver_order` says it
-    damping_of = "plain"  # which of `lml.damping.SOLVERS` it is
-    may_diverge = False  # samples that are NaN or inf are a result, and no error
+    convergence_order: int | None = None  # None if the option `solver_order` says it
+    damping_of = "plain"  # the solver's key in `lml.damping.SOLVERS`
+    may_diverge = False  # True: samples that are NaN or inf are a result and no error
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if LMLSchedulerMixin not in cls.__bases__:
             return
         parent = cls.__bases__[-1]
-        # diffusers' own `order` counts evaluations a step, and is 1 for nearly all.
+        # `order` in diffusers is the number of evaluations for a step: 1 for nearly all solvers.
         options = inspect.signature(parent).parameters
         if cls.convergence_order is None and "solver_order" not in options:
             raise TypeError(f"{cls.__name__}: needs a convergence_order, the solver's order")
         cls.step = _like(parent.step, LMLSchedulerMixin.step)
         cls.set_timesteps = _like(parent.set_timesteps, LMLSchedulerMixin.set_timesteps)
 
-        # The undecorated one, so that the configuration is registered once, by this class.
+        # Without its decorator, so that the configuration is registered once, by this class.
         parent_init = inspect.unwrap(parent.__init__)
 
         def init(self, *args, **kwargs):
@@ -104,36 +104,36 @@ class LMLSchedulerMixin:
         return compatibles + [c for c in siblings if c.__bases__[-1] in compatibles or c is cls]
 
     def _check_target(self, target: str) -> None:
-        """ValueError unless `target` has a meaning for this solver as it is configured."""
+        """ValueError unless this solver, as configured, has this `target`."""
         if target not in self.targets:
             raise ValueError(
                 f"target={target}: {type(self).__name__} has {' and '.join(self.targets)}"
             )
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the parent's; forgets all anchors."""
+        """As the parent's. Also forgets all anchors."""
         super().set_timesteps(*args, **kwargs)
         self._forget()
 
     def _forget(self) -> None:
         self.anchors: tuple[Tensor, ...] = ()
-        self.position: int | None = None  # of the last step in the grid
+        self.position: int | None = None  # the last step's index in the grid
         self._dampings: tuple[float | None, ...] | None = None
         self._lengths: tuple[float, ...] | None = None
 
     @property
     def default_damping(self) -> float:
-        """The damping on this grid where the options give none, relative."""
+        """The relative damping on this grid if the option `damping` is None."""
         grid = next(filter(self._own, GRIDS), None)
         steps, order = len(self.timesteps), self.convergence_order or self.config.solver_order
         return default_damping(self.correction.rank, steps, order, self.damping_of, grid)
 
     @property
     def dampings(self) -> tuple[float | None, ...]:
-        """The damping of each step of this grid; None for a step that is left as it is.
+        """The damping of each step of this grid; None for a step without correction.
 
         Raises:
-            ValueError: the option `damping` is a list for another number of steps.
+            ValueError: the option `damping` is a list of another length.
         """
         if self._dampings is None:
             self._dampings = self.correction.dampings(
@@ -143,38 +143,38 @@ class LMLSchedulerMixin:
 
     @property
     def lengths(self) -> tuple[float, ...]:
-        """The length of g' at each step of this grid, in units of what it would be.
+        """The factor on the length of g' at each step of this grid; 1 changes nothing.
 
         Raises:
-            ValueError: the option `length` is a list for another number of steps.
+            ValueError: the option `length` is a list of another length.
         """
         if self._lengths is None:
             self._lengths = self.correction.lengths(len(self.timesteps))
         return self._lengths
 
     def _training_timesteps(self) -> list[float]:
-        """The grid in [0, T]."""
+        """The timesteps of the grid, in [0, T]."""
         return self.timesteps.tolist()
 
     def _own(self, option: str):
-        # A configuration also holds options of schedulers that it was converted from.
+        # The configuration may also hold options of a scheduler that it was converted from.
         known = inspect.signature(type(self)).parameters
         return self.config.get(option) if option in known else None
 
     def step(self, model_output: Tensor, timestep, sample: Tensor, *args, **kwargs):
-        """As the parent's, with the direction that `target` names corrected."""
+        """As the parent's, with a correction of the direction that `target` names."""
         if self.correction.rank == 0:
             return super().step(model_output, timestep, sample, *args, **kwargs)
         position = self._position(timestep)
         if self.position is not None and position <= self.position:
-            self.anchors = ()  # of another trajectory
+            self.anchors = ()  # they belong to another trajectory
         self.position = position
         if self.config.target == "prediction":
             prediction = self._correct_prediction(model_output, timestep, sample)
             return super().step(prediction, timestep, sample, *args, **kwargs)
 
         call = inspect.signature(super().step).bind(
-            # in half precision a step minus its largest part would be noise
+            # in half precision, a step minus its largest part would be rounding noise
             model_output.to(torch.promote_types(model_output.dtype, torch.float32)),
             timestep,
             sample.to(torch.promote_types(sample.dtype, torch.float32)),
@@ -207,7 +207,7 @@ class LMLSchedulerMixin:
         return corrected
 
     def _position(self, timestep) -> int:
-        """Where in the grid this step is."""
+        """This step's index in the grid."""
         if hasattr(self, "step_index"):
             if self.step_index is None:
                 self._init_step_index(timestep)
@@ -215,7 +215,7 @@ class LMLSchedulerMixin:
         return int((self.timesteps - timestep).abs().argmin())
 
     def _solve(self, step: Callable, arguments: dict):
-        """The parent's output without the noise that it adds, and that noise."""
+        """The parent's output without its added noise, and that noise."""
         return step(**arguments), 0.0
 
     def _split(self, output, timestep, sample: Tensor) -> tuple[Tensor, float | Tensor]:

@@ -1,4 +1,4 @@
-"""What a network's output says of the noise, whichever of noise, v and x0 it predicts."""
+"""The noise that a network's output implies, for predictions of noise, v and x0."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> tuple[float, float]:
     """alpha and sigma of x_t = alpha x0 + sigma noise, the network's input at this step.
 
-    A scheduler with sigmas is asked for that of its step index, since its timesteps may be rounded
-    or on a scale of their own; another one for that of `timestep`, in [0, T].
+    They belong to the step index if the scheduler has sigmas, since its timesteps may be rounded or
+    on another scale; otherwise to `timestep`, in [0, T].
     """
     if getattr(scheduler, "step_index", None) is None:
         index = min(round(float(timestep)), len(scheduler.alphas_cumprod) - 1)
@@ -34,10 +34,10 @@ def change_noise(
     sample: Tensor,
     change: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The output that amounts to the noise `change(noise)` where `model_output` amounts to `noise`.
+    """The model output that implies the noise `change(noise)`, if `model_output` implies `noise`.
 
-    All are (B, C, H, W), `sample` in the solver's own coordinates. For a scheduler without a
-    `prediction_type`, and for flow matching, the output itself is changed.
+    All are (B, C, H, W); `sample` is in the solver's own coordinates. For a scheduler without a
+    `prediction_type`, and for flow matching, `change` is applied to the output itself.
     """
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("v_prediction", "sample"):
@@ -52,5 +52,5 @@ def change_noise(
         noise, slope = alpha * output + sigma * x, 1 / max(alpha, 1e-8)
     else:
         noise, slope = (x - alpha * output) / max(sigma, 1e-8), -sigma / max(alpha, 1e-8)
-    # by its difference, so that what is not changed stays as it is to the last bit
+    # adds the difference, so that an unchanged noise leaves the output unchanged to the last bit
     return (output + slope * (change(noise) - noise)).to(model_output.dtype)

@@ -1,4 +1,4 @@
-"""The authors' arithmetic, step by step as they released it: to be audited, not to be used.
+"""The authors' arithmetic, step by step as they released it: for audits, not for use.
 
 Their `lm_correct` and `DDIMLMScheduler` (github.com/zituitui/LML-diffusion-sampler) evaluate, in
 the type of the tensors at hand,
@@ -7,18 +7,17 @@ the type of the tensors at hand,
     d = g - u (u.g) / (lambda + |u|^2)              lambda absolute
     g' = d |g| / |d|
 
-At kappa = 0, which is what they publish, d is g lambda / (lambda + |g|^2): parallel to g, and as
-the difference of two numbers that agree in all digits but their rounding, in float32 mostly that.
-`lml.correction` is the same method in arithmetic that holds. The order of operations is theirs,
-too, u (u.g) before the quotient: with the quotient first, d is often zero to the last bit and g'
-NaN.
+At kappa = 0, the published value, d is g lambda / (lambda + |g|^2), which is parallel to g. It is
+the difference of two nearly equal numbers: in float32, mostly rounding noise. `lml.correction` is
+the same method in arithmetic that holds. The order of operations is theirs, too: u (u.g) before
+the quotient. With the quotient first, d is often exactly zero, and g' is NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# A pipeline that holds one of these classes finds its loader by this name in this module.
+# diffusers looks up the loader of a pipeline's scheduler by this name in this module.
 from diffusers import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 

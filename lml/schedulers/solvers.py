@@ -1,4 +1,4 @@
-"""The solvers: each class of diffusers' (and one of ours) with LML inside."""
+"""The solvers: diffusers' classes (and one of ours) with LML inside."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class LMLDDIMScheduler(LMLSchedulerMixin, diffusers.DDIMScheduler):
 
 
 def _scalar(scheduler, integrates_x0: bool) -> Tensor:
-    """A of an exponential integrator: sigma_s / sigma_t of x0, alpha_s / alpha_t of the noise."""
-    index = scheduler.step_index - 1  # the parent's step has moved on
+    """A of an exponential integrator: sigma_s / sigma_t in x0, alpha_s / alpha_t in the noise."""
+    index = scheduler.step_index - 1  # the parent's step has increased it
     alpha_t, sigma_t = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index])
     alpha_s, sigma_s = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index + 1])
     return sigma_s / sigma_t if integrates_x0 else alpha_s / alpha_t
@@ -77,7 +77,7 @@ class LMLUniPCMultistepScheduler(LMLSchedulerMixin, diffusers.UniPCMultistepSche
     damping_of = "predictor-corrector"
 
     def _split(self, output, timestep, sample):
-        # the predictor starts from the sample that the corrector has just revised
+        # the predictor starts from the corrected sample
         return _scalar(self, self.config.predict_x0) * self.last_sample, 1.0
 
 
@@ -97,11 +97,11 @@ class LMLPNDMScheduler(LMLSchedulerMixin, diffusers.PNDMScheduler):
     damping_of = "Adams-Bashforth"
 
     def _position(self, timestep):
-        return self.counter  # timesteps are in its grid more than once
+        return self.counter  # its grid repeats some timesteps
 
 
 class LMLIPNDMScheduler(LMLSchedulerMixin, diffusers.IPNDMScheduler):
-    """Improved PNDM with LML; its own noise schedule, as in diffusers."""
+    """Improved PNDM with LML, on its own noise schedule, as in diffusers."""
 
     convergence_order = 4
     damping_of = "Adams-Bashforth"
@@ -161,7 +161,7 @@ class LMLFlowMatchEulerDiscreteScheduler(
             raise ValueError(f"target={target}: not with stochastic_sampling=True")
 
     def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
-        """The sample as it is. Pipelines that know the parent's class by name ask others for it."""
+        """Returns `sample`. Some pipelines call this unless the class is exactly the parent's."""
         return sample
 
     def _split(self, output, timestep, sample):

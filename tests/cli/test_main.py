@@ -223,8 +223,8 @@ def test_a_text_that_hydra_refuses_is_shown_quoted(script, composed, tmp_path, m
     """As it is typed in a shell, which then gives that very text."""
     outcome = script("evaluate", f"out={text}", "images=nowhere", "batch_size=0")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "Lexer" not in outcome.err and "mismatched" not in outcome.err.split("is quoted")[0][:20]
-    typed = outcome.err.rstrip("\n").partition(" is quoted: ")[2]
+    assert "Lexer" not in outcome.err and "mismatched" not in outcome.err.split("; quote ")[0][:20]
+    typed = re.search(r"; quote text with (?:such characters|a comma): (.*)$", outcome.err)[1]
     command = ["bash", "-c", f"printf '%s\\0' {typed}"]
     word, end = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
         "\0"
@@ -242,7 +242,7 @@ def test_a_text_that_hydra_refuses_is_shown_quoted(script, composed, tmp_path, m
 def test_where_no_quotes_help_none_are_shown(script, override):
     outcome = script("evaluate", override)
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "KEY=VALUE is asked" in outcome.err and "quoted" not in outcome.err
+    assert "expected KEY=VALUE" in outcome.err and "; quote" not in outcome.err
 
 
 # --- paths -------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_a_home_folder_in_every_path(composed, script, monkeypatch, name, key, o
     assert value_at(cfg, key) == "/home/me/x"
     outcome = script(name, *others, f"{key}=2024_10")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert outcome.err.startswith(f"{key}=202410: a path is asked")
+    assert outcome.err.startswith(f"{key}=202410: expected a path")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_what_reads_as_no_text_is_no_path(script, composed, value):
     """Else 2024_10 would be the folder 202410, and 1.10 the folder 1.1."""
     outcome = script("evaluate", f"images={value}")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert ": a path is asked; one that reads as anything else is quoted" in outcome.err
+    assert ": expected a path; quote a path that reads as another type, as in" in outcome.err
     (typed,) = shlex.split(outcome.err.rpartition(" as in ")[2])
     (cfg,) = composed("evaluate", typed)
     assert outcome.err.startswith(f"images={cfg['images']}: ")

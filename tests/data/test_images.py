@@ -120,7 +120,7 @@ def test_a_folder_without_images(tmp_path):
     with pytest.raises(UserError, match=rf"^images={tmp_path / 'none'}: no such folder$"):
         ImageFolder(tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="a file; a folder of images is asked"):
+    with pytest.raises(UserError, match="a file; expected a folder of images"):
         ImageFolder(tmp_path / "file")
 
 

@@ -155,7 +155,7 @@ def test_text_files_that_are_refused(tmp_path, name, content, pattern):
         ("p.csv", b"", r"no prompts in it"),
         ("p.csv", b"prompt\n", r"no prompts in it"),
         ("p.csv", b"prompt\n" + b"x" * 200_000, r"field larger"),
-        ("p.xlsx", b"PK", r"one of \.csv, \.tsv, \.jsonl is asked"),
+        ("p.xlsx", b"PK", r"expected one of \.csv, \.tsv, \.jsonl"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt"\n', r"line 2 is not JSON"),
         ("p.jsonl", b'["a"]\n', r"line 1 is not a JSON object"),
         ("p.jsonl", b'{"prompt": 3}\n', r"no text in line 1"),
@@ -249,15 +249,15 @@ def test_all_30000_are_asked_of_the_official_file(captions):
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        (lambda c: c.pop("images"), "captions_val2014.json of MS-COCO is asked .no 'images'"),
+        (lambda c: c.pop("images"), "expected captions_val2014.json of MS-COCO .no 'images'"),
         (lambda c: c.pop("annotations"), "no 'annotations'"),
         (lambda c: c["annotations"][5].pop("caption"), "no 'caption'"),  # instances_val2014.json
-        (lambda c: c["annotations"][5].update(caption=3), "is asked"),
+        (lambda c: c["annotations"][5].update(caption=3), "expected captions_val2014"),
         (lambda c: c["images"][3].update(file_name="000000000139.jpg"), "not of val2014"),
-        (lambda c: c["images"][3].update(id="7"), "is asked"),
-        (lambda c: c["images"][3].update(id=[7]), "is asked"),
+        (lambda c: c["images"][3].update(id="7"), "expected captions_val2014"),
+        (lambda c: c["images"][3].update(id=[7]), "expected captions_val2014"),
         (lambda c: c["annotations"][0].update(image_id=3), "captions of image 3, which is not"),
-        (lambda c: c.update(images=3), "is asked"),
+        (lambda c: c.update(images=3), "expected captions_val2014"),
     ],
 )
 def test_captions_files_that_are_refused(captions, change, pattern):
@@ -269,7 +269,7 @@ def test_captions_files_that_are_refused(captions, change, pattern):
 
 def test_more_captions_files_that_are_refused(captions, tmp_path):
     whole = captions.read_text()
-    for text, pattern in ((whole[:500], "is asked"), ("[]", "is asked"), ("7", "is asked")):
+    for text, pattern in ((whole[:500], "expected"), ("[]", "expected"), ("7", "expected")):
         captions.write_text(text)
         refused(rf"^prompts\.file=.*{pattern}", prompts.coco14_30k, captions, count=5)
     refused(r"^prompts\.file=.*No such file", prompts.coco14_30k, tmp_path / "none.json")

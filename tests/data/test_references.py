@@ -224,15 +224,15 @@ def test_ones_own_statistics_in_a_file(folder, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere", r"^k=nowhere: not there; a folder of images, a \.zip"),
-        ("file.txt", r"^k=file\.txt: a folder of images, a \.zip"),
+        ("nowhere", r"^k=nowhere: not found; expected a folder of images, a \.zip"),
+        ("file.txt", r"^k=file\.txt: expected a folder of images, a \.zip"),
         ("empty", r"^k=.*empty: no images in it"),
         ("empty.zip", r"^k=.*empty\.zip: no images in it"),
         ("no.zip", r"^k=.*no\.zip: not a zip file"),
         ("no.npz", r"^k=.*no\.npz: not a file of reference statistics"),
         ("torchvision:CIFAR11:train", "^k=torchvision:CIFAR11:train: no .*nearest: CIFAR10"),
-        ("torchvision:CIFAR10", "^k=torchvision:CIFAR10: CIFAR10:train or CIFAR10:test is asked"),
-        ("torchvision:CIFAR100:val", "^k=.*: CIFAR100:train or CIFAR100:test is asked"),
+        ("torchvision:CIFAR10", "^k=torchvision:CIFAR10: expected CIFAR10:train or CIFAR10:test"),
+        ("torchvision:CIFAR100:val", "^k=.*: expected CIFAR100:train or CIFAR100:test"),
         ("torchvision:SVHN:test", r"^k=.*: not in .*data/svhn .*SVHN\('data/svhn', download=True"),
     ],
 )

@@ -192,7 +192,7 @@ def test_timesteps_outside_the_schedule(problem, t):
 
 
 def test_other_bad_input(problem):
-    with pytest.raises(UserError, match=r"^prediction_type=epsilom: one of epsilon"):
+    with pytest.raises(UserError, match=r"^prediction_type=epsilom: expected one of epsilon"):
         problem.make(prediction_type="epsilom")
     with pytest.raises(UserError, match=r"^scheduler=IPNDMScheduler: "):
         problem.make(scheduler=IPNDMScheduler())

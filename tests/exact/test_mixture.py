@@ -61,7 +61,7 @@ def test_random():
     [
         ({"weights": torch.tensor([1.0, -1.0])}, r"^weights=\[1.0, -1.0\]: 2 numbers above 0"),
         ({"factors": torch.ones(2, 3, 1)}, r"^factors=\(2, 3, 1\): \(2, 24, r\)"),
-        ({"floor": -1.0}, "^floor=-1.0: a variance"),
+        ({"floor": -1.0}, "^floor=-1.0: expected a variance"),
     ],
 )
 def test_bad_input(options, message):
@@ -76,5 +76,5 @@ def test_bad_input(options, message):
 
 @pytest.mark.parametrize("key", ["components", "rank"])
 def test_bad_random(key):
-    with pytest.raises(UserError, match=f"^{key}=0: a whole number of at least 1"):
+    with pytest.raises(UserError, match=f"^{key}=0: expected a whole number of at least 1"):
         MixtureOfGaussians.random(4, **{key: 0})

@@ -108,8 +108,8 @@ def test_from_images_to_the_distance(tiny_configs, clip_folder, pictures):
 
 def test_references_that_are_none(clip_folder):
     for reference, message in (
-        (None, "null: a folder of images"),
-        ("nowhere", "nowhere: not there; a folder of images"),
+        (None, "null: expected a folder of images"),
+        ("nowhere", "nowhere: not found; expected a folder of images"),
         (ROOT / "assets/fd_cifar.npz", "fd_cifar.npz: statistics of 256 features"),
     ):
         with pytest.raises(UserError, match=rf"^metrics\.cmmd\.reference=.*{message}"):

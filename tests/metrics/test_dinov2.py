@@ -108,7 +108,7 @@ def test_the_distance_to_a_folder_and_to_its_statistics(
 
 
 def test_references_that_are_none(dinov2_folder, tmp_path):
-    with pytest.raises(UserError, match=r"^metrics\.fd_dinov2\.reference=null: a folder of images"):
+    with pytest.raises(UserError, match=r"^metrics\.fd_dinov2\.reference=null: expected a folder"):
         fd_dinov2(None, dinov2_folder)
     with pytest.raises(UserError, match=r"^metrics\.fd_dinov2\.reference=.*nowhere"):
         fd_dinov2(tmp_path / "nowhere", dinov2_folder)

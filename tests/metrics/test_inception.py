@@ -321,7 +321,7 @@ def test_weights_that_are_none(data, tmp_path, monkeypatch):
 
 def test_references_that_are_none(data, tmp_path, home):
     weights = data / "weights.pth"
-    message = r"^metrics\.fid\.reference=null: a folder of images, .*; reference= sets it for all"
+    message = r"^metrics\.fid\.reference=null: expected a folder of .*; reference= sets it for all"
     one_line(lambda: FID(weights=weights), message)
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert FID(tmp_path / "theirs.npz", weights).reference.size is None

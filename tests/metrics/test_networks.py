@@ -185,7 +185,7 @@ def test_by_the_script_on_any_folder(script, tiny_configs, pictures, tmp_path):
     model = next(key for key in keys if key.startswith("metrics.cmmd.model="))
     outcome = script("evaluate", f"images={pictures.path}", "metrics=[cmmd]", model)
     assert outcome.code == 2
-    assert outcome.err.startswith("metrics.cmmd.reference=null: a folder of images")
+    assert outcome.err.startswith("metrics.cmmd.reference=null: expected a folder of images")
 
 
 WORKER = textwrap.dedent(

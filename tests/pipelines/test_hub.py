@@ -346,7 +346,7 @@ def test_pickled_weights_where_the_user_says_so(
 @pytest.mark.parametrize("kind", ["pixel", "latent"])
 def test_options_that_are_none(pipelines, tiny_model, kind):
     folder = {"pixel": tiny_model, "latent": pipelines / "celebahq_ldm"}[kind]
-    with pytest.raises(UserError, match=r"^model\.use_safetensors=maybe: true or false is asked$"):
+    with pytest.raises(UserError, match=r"^model\.use_safetensors=maybe: expected true or false$"):
         settings(folder, kind=kind, use_safetensors="maybe")
     assert settings(folder, kind=kind, variant=16) == settings(folder, kind=kind)
 
@@ -440,7 +440,7 @@ def test_a_configuration_of_old(script, pipelines, tmp_path):
 def test_a_scale_of_latents_that_is_none(pipelines, scale):
     value = {"true": True, "some": "some"}.get(scale)
     value = float(scale) if value is None else value
-    with pytest.raises(UserError, match=f"^model.scaling_factor={value}: a number > 0 is asked"):
+    with pytest.raises(UserError, match=f"^model.scaling_factor={value}: expected a number > 0"):
         settings(pipelines / "celebahq_ldm", kind="latent", scaling_factor=value)
 
 

@@ -66,7 +66,7 @@ def other_decoder(folder: Path) -> None:
     [
         (no_decoder, "no autoencoder in it (vqvae or vae)"),
         (broken_decoder, "the weights cannot be read"),
-        (other_decoder, "a UNet2DModel; a VQModel or AutoencoderKL is asked"),
+        (other_decoder, "a UNet2DModel; expected a VQModel or AutoencoderKL"),
     ],
 )
 def test_a_folder_that_is_no_latent_model(script, pipelines, tmp_path, harm, says):

@@ -120,7 +120,7 @@ def test_the_models_grid_is_another_run(tmp_path):
     without_names = [{k: v for k, v in grid.items() if k != "name"} for grid in grids]
     assert len({json.dumps(grid) for grid in without_names}) == len(grids)
     of = model(tmp_path, HUB_SCHEDULERS["sd15"])
-    with pytest.raises(UserError, match=r"^grid\.of_model=yes: true or false is asked$"):
+    with pytest.raises(UserError, match=r"^grid\.of_model=yes: expected true or false$"):
         made("ddim", of, "grid.of_model='yes'")
     with pytest.raises(UserError, match=r"^grid=karras: ddim.*grids for it: .*model"):
         made("ddim", of, grid="karras")

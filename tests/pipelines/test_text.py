@@ -190,7 +190,7 @@ def test_a_control_image_is_turned_as_diffusers_turns_it(script, prompts, contro
     Image.fromarray(np.rot90(pixels)).save(tmp_path / "edges.png", exif=exif)
     assert (np.asarray(load_image(str(tmp_path / "edges.png"))) == pixels).all()
     outcome = script("sample", *control, *prompts)
-    assert outcome.code == 0 and "all were there" in outcome.out  # the very same run
+    assert outcome.code == 0 and "all were stored before" in outcome.out  # the very same run
 
 
 def not_an_image(path: Path) -> None:
@@ -206,7 +206,7 @@ def of_another_size(path: Path) -> None:
     [
         (Path.unlink, "no such file"),
         (not_an_image, "not a readable image"),
-        (of_another_size, "20x16 pixels; the images have 16x16"),
+        (of_another_size, "20x16 pixels; expected 16x16"),
     ],
 )
 def test_a_control_image_that_is_none(script, prompts, control, tmp_path, harm, says):
@@ -218,13 +218,13 @@ def test_a_control_image_that_is_none(script, prompts, control, tmp_path, harm, 
 
 
 BAD = {
-    "model.guidance_scale=-1": "model.guidance_scale=-1: a number of at least 0",
+    "model.guidance_scale=-1": "model.guidance_scale=-1: expected a number of at least 0",
     "model.guidance_scale=nan": "model.guidance_scale=nan",
-    "model.height=30": "model.height=30: a multiple of 8",
-    "model.negative_prompt=[a,b]": "model.negative_prompt=['a', 'b']: null or text is asked",
-    "model.slicing=3": "model.slicing=3: true or false",
-    "model.cpu_offload=true": "model.cpu_offload=true: an accelerator",
-    "attention=fast": "attention=fast: null or one of math",
+    "model.height=30": "model.height=30: expected a multiple of 8",
+    "model.negative_prompt=[a,b]": "model.negative_prompt=['a', 'b']: expected null or text",
+    "model.slicing=3": "model.slicing=3: expected true or false",
+    "model.cpu_offload=true": "model.cpu_offload=true: expected an accelerator",
+    "attention=fast": "attention=fast: expected null or one of math",
     "+model.call.magic=1": "model.magic: StableDiffusionPipeline takes no such option",
     "+model.call.clip_skip=1": "model.call: StableDiffusionPipeline fails with clip_skip=1",
     "num_images=4": "num_images=4: prompts=text has 3",
@@ -242,7 +242,10 @@ def test_bad_input(script, pipelines, prompts, override):
 
 def test_prompts_where_none_are_taken_and_none_where_they_are(script, pipelines, prompts, toy):
     outcome = script("sample", *toy, *prompts)
-    assert (outcome.code, outcome.err) == (2, "prompts: model=cifar10 takes none\n")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "prompts: model=cifar10 takes none; use prompts=none\n",
+    )
     outcome = script("sample", *arguments(pipelines, "sd15"))
     assert outcome.code == 2 and outcome.err.startswith("prompts=none: model=sd15 needs prompts")
 
@@ -290,8 +293,8 @@ def edit_index(folder: Path, **entries: str) -> None:
         (no_tokenizer, "no tokenizer in it"),
         (pickled, "no weights in vae .*model.use_safetensors=false"),
         (no_index, "no pipeline in it"),
-        (other_pipeline, "a DDPMPipeline; a pipeline from text to images is asked"),
-        (unknown_pipeline, "a MagicPipeline, which diffusers has not got"),
+        (other_pipeline, "a DDPMPipeline; expected a pipeline from text to images"),
+        (unknown_pipeline, "a MagicPipeline, which diffusers does not have"),
     ],
 )
 def test_a_pipeline_that_is_none(script, pipelines, prompts, tmp_path, harm, says):

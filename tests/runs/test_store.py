@@ -339,7 +339,7 @@ def test_scores_of_a_run_that_was_made_anew_meanwhile_are_not_added(tmp_path, mo
     folder.write_image(1, pixels(7))
     folder.write_manifest(4)
     folder.close()
-    with pytest.raises(UserError, match=r"^run_dir=.*: it has changed while it was scored$"):
+    with pytest.raises(UserError, match=r"^run_dir=.*: the run changed while it was scored$"):
         folder.add_metrics({"a": {"value": 1}}, manifest)
     assert not (tmp_path / "metrics.json").exists()
 

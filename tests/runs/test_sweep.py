@@ -110,12 +110,15 @@ def test_refused_cells_are_skipped_and_the_same_run_is_made_once(script, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("device=cuda:99 seed=0,1", r".*\(and 1 more\): device=cuda:99: not there.*; skipped"),
+        (
+            "device=cuda:99 seed=0,1",
+            r".*\(and 1 more\): device=cuda:99: not available; use auto .*; skipped",
+        ),
         ("lml.dampin=1,2", "lml.dampin=1: unknown key; nearest: damping, damping_scale"),
         ("solver=ddim,dimm", "solver=dimm: unknown; nearest: ddim, pndm, deis"),
         ("nfe=3,x", ".*"),
         ("protocol=ful", "protocol=ful: unknown; nearest: full"),
-        ("sweep=damping_rank", "sweep.objective=null: metrics=NAME is asked"),
+        ("sweep=damping_rank", "sweep.objective=null: expected metrics=NAME"),
         ("sweep=damping_rank sweep.objective=fid", "sweep.objective=fid: not one of the run's.*"),
     ],
 )
@@ -123,7 +126,7 @@ def test_nothing_is_made_when_there_is_nothing_to_make(script, tmp_path, argumen
     outcome = script("sample", *TOY, *arguments.split())
     if line == ".*":  # a value that one cell refuses is another matter
         assert outcome.code == 0 and statuses(tmp_path) == ["done"]
-        assert "nfe=x: a whole number of at least 1 is asked; skipped" in outcome.err
+        assert "nfe=x: expected a whole number of at least 1; skipped" in outcome.err
         return
     assert outcome.code == 2 and re.fullmatch(f"{line}\n", outcome.err), outcome.err
     assert not (tmp_path / "outputs/study").exists()
@@ -357,7 +360,7 @@ def test_sweeps_of_one_name_add_up(script, tmp_path, capfd):
     path.write_text("cells: [")
     outcome = script("sample", *TOY, "nfe=3,5")
     assert outcome.code == 0 and outcome.err.startswith(
-        "outputs/study/sweep.yaml: not a sweep's; kept as sweep.yaml.broken, and written anew ("
+        "outputs/study/sweep.yaml: not a sweep's file; kept as sweep.yaml.broken, and written anew"
     )
     assert path.with_name("sweep.yaml.broken").read_text() == "cells: ["
     assert [cell["nfe"] for cell in kept(tmp_path)["cells"]] == [3, 5]
@@ -565,22 +568,24 @@ def test_a_search_in_which_all_is_lost(script, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="NOT TESTED: no optuna extra")
     arguments = ["sweep=optuna", "sweep.objective=convergence/cosine", "hydra.sweeper.n_trials=2"]
     outcome = script("sample", *SEARCH, *arguments, "lml.damping=-1")
-    assert outcome.code == 2 and "lml.damping=-1: lml.damping=-1: null or a n" in outcome.err
+    assert (
+        outcome.code == 2 and "lml.damping=-1: lml.damping=-1: expected null or a n" in outcome.err
+    )
     assert "Traceback" not in outcome.err and not (tmp_path / "outputs/study").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("sweep.objective=null", "convergence/rmse or convergence/cosine is asked"),
-        ("sweep.objective=convergence/rsme", "convergence/rmse or convergence/cosine is asked"),
+        ("sweep.objective=null", "expected convergence/rmse or convergence/cosine"),
+        ("sweep.objective=convergence/rsme", "expected convergence/rmse or convergence/cosine"),
         ("sweep.objective=convergnce", "not one of the run's metrics; nearest: convergence"),
         (
             "sweep.objective=convergence/rmse sweep.final_seed=1000002",
             "share seeds with the search's, from 1000000 on",
         ),
-        ("sweep.objective=convergence/rmse sweep.final_seed=x", "seed=x: a whole number"),
-        ("hydra/sweeper=optuna", "sweep=NAME says what is searched for"),
+        ("sweep.objective=convergence/rmse sweep.final_seed=x", "seed=x: expected a whole number"),
+        ("hydra/sweeper=optuna", "a search needs an objective; add sweep=NAME"),
     ],
 )
 def test_a_search_that_is_not_clear(script, tmp_path, arguments, line):
@@ -606,5 +611,5 @@ def test_objectives_of_metrics():
     for name in ("precision_recall", "hessian"):
         with pytest.raises(UserError, match=rf"sweep.objective=null: {name}/\w+ or {name}/"):
             objective(of(name))
-    with pytest.raises(UserError, match=r"sweep.objective=null: one of a, b is asked"):
+    with pytest.raises(UserError, match=r"sweep.objective=null: expected one of a, b"):
         objective({"a": {}, "b": {}})

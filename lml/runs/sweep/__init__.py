@@ -1,11 +1,11 @@
-"""What a sweep of runs does around its cells: what there is to do, what became of it, what is best.
+"""A sweep of runs: plans its cells, records their results, and finds the best setting.
 
-Every cell of `python scripts/sample.py -m ...` is an ordinary run. Before one is made, all are
-composed and checked without loading a network, so that it is known which are finished, which are
-refused and how long the others take. outputs/<name>/sweep.yaml keeps what became of each:
+Every cell of `python scripts/sample.py -m ...` is an ordinary run. Before the first is made, all
+cells are composed and checked without loading a network. So the sweep knows which are finished,
+which are refused, and how long the others take. outputs/<name>/sweep.yaml records every cell:
 
-    commands: [...]     every command line that added to it
-    cells:              of these and of earlier sweeps of that name, by the hash of their runs
+    commands: [...]     every command line that added cells
+    cells:              of this and of earlier sweeps of that name, one for each run
       - overrides, run (the name of its folder), solver, grid, lml, nfe, seed, num_images, model,
         dtype, status (done, missing, failed or refused), reason (of the last two)
 """
@@ -32,17 +32,17 @@ from lml.runs.sweep.objective import find_objective, read_objective
 from lml.runs.sweep.outlook import Outlook
 from lml.seals import canonical
 
-# Makes the cells of these overrides; returns why each failed, or None, and its objective.
+# Makes the cells of these overrides. Returns for each why it failed, or None, and its objective.
 Make = Callable[[list[list[str]]], list[tuple[str | None, float | None]]]
 
 
 class Sweep:
-    """The cells of one sweep, over as many launches as its sweeper makes; a context.
+    """The cells of one sweep, over all launches of its sweeper; a context.
 
-    `compose(overrides)` is the resolved config of a cell, `config` that of no cell, and `trials`
-    how many cells there will be where the sweeper chooses them one after the other. `local` says
-    that cells are made in this process. Of several processes all decide alike, and the first writes
-    and speaks. Use:
+    `compose(overrides)` returns the resolved config of a cell; `config` is the config without a
+    cell's overrides. `trials` is the number of cells if the sweeper chooses them one by one.
+    `local` says that cells are made in this process. With several processes, all decide alike, and
+    only the first writes and prints. Use:
 
         with Sweep(...) as sweep:
             sweep.launch(overrides of each cell, make)    # as often as the sweeper wants
@@ -67,11 +67,11 @@ class Sweep:
         self.first = is_first()
         self.show = self.first and bool(config.get("progress", True))
         self._ledgers: dict[str, Ledger] = {}
-        self._final_images = 0  # of each run at the end of a search
+        self._final_images = 0  # in each run at the end of a search
         self._found: dict[str, tuple] = {}
 
     def __enter__(self) -> Sweep:
-        # For all cells at once: processes that part cannot meet again at the same address.
+        # Joined once for all cells: processes that part cannot join again at the same address.
         self._joined = joined()
         self._joined.__enter__()
         return self
@@ -91,11 +91,11 @@ class Sweep:
             say("\n  ".join([f"{count} failed; the same command makes them:", *lines]))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], make: Make) -> list[Cell]:
-        """The cells of these overrides, made by `make` where they were not finished or refused.
+        """The cells of these overrides; `make` makes those that are neither finished nor refused.
 
         `make(overrides)` makes cells and returns, for each, why it failed (or None) and its value.
-        UserError when another sweep has the same name, or the seeds of a search are those of its
-        end.
+        UserError if another sweep of the same name is running, or if a search uses the seeds that
+        are kept for its final runs.
         """
         begins = not self.cells
         cells = self._plan(job_overrides)
@@ -120,7 +120,7 @@ class Sweep:
 
     @property
     def are_refused(self) -> bool:
-        """Whether every cell is."""
+        """Whether every cell is refused."""
         return {cell.status for cell in self.cells.values()} == {REFUSED}
 
     @property
@@ -145,7 +145,7 @@ class Sweep:
             cell.config = config = self.compose(overrides)
             if self.local:
                 find_device(config["device"])
-            # Weights are read to know them by their hash, so once.
+            # Weights are read for their hash, so only once.
             key = canonical({key: config[key] for key in ("model", "prompts", "num_images")})
             if key not in self._found:
                 model = find_model(config["model"])
@@ -174,9 +174,9 @@ class Sweep:
             ledger.write([cell.entry() for cell in self.cells.values() if cell.name == name])
 
     def conclude(self, make: Make) -> None:
-        """Make the best setting and LML off at the full count, on seeds the search has not seen.
+        """Make the final runs: the best setting and LML off, on seeds that the search did not see.
 
-        That is for every setting of what is not LML's, such as the solver.
+        There is one such pair for every setting of the other options, such as the solver.
         """
         if not self.search:
             return
@@ -211,7 +211,7 @@ class Sweep:
                 )
 
     def _final(self, rest: Sequence[str], lml: Sequence[str]) -> list[str]:
-        """The overrides of a run at the end of the search."""
+        """The overrides of a final run."""
         count = self.search["num_images"]
         more = [] if count is None else [f"num_images={count}"]
         return [*rest, *lml, *more, f"seed={self.search['final_seed']}"]
@@ -223,7 +223,7 @@ class Sweep:
     def _check_seeds(self, cells: Sequence[Cell]) -> None:
         cells = [cell for cell in cells if cell.config]
         if not cells:
-            return  # nothing comes of what is refused
+            return  # all cells are refused
         final = self.compose(self._final(split_lml(cells[0].overrides)[0], ["lml=off"]))
         self._final_images = final["num_images"]
         begin, end = final["seed"], final["seed"] + final["num_images"]
@@ -231,6 +231,6 @@ class Sweep:
             seed = cell.config["seed"]
             if begin < seed + cell.config["num_images"] and seed < end:
                 raise UserError(
-                    f"sweep.final_seed={begin}: {final['num_images']} images from it on share "
-                    f"seeds with the search's, from {seed} on"
+                    f"sweep.final_seed={begin}: the {final['num_images']} final images share seeds "
+                    f"with the search's, which start at {seed}; choose another sweep.final_seed"
                 )

@@ -15,23 +15,23 @@ MISSING, DONE, FAILED, REFUSED = "missing", "done", "failed", "refused"
 
 @dataclass
 class Cell:
-    """One setting, as it was asked for and composed; without a `plan` when it is refused."""
+    """One setting: its overrides, its config, and its `plan`, which is None if it is refused."""
 
     overrides: list[str]
     config: dict[str, Any]
     plan: Plan | None = None
     status: str = MISSING
     reason: str | None = None
-    value: float | None = None  # of a search's objective
+    value: float | None = None  # the search's objective
 
     @property
     def name(self) -> str:
-        """Of the sweep that it belongs to; "" where the config is none that can be."""
+        """The name of the cell's sweep; "" if the config could not be composed."""
         return self.config.get("name", "")
 
     @property
     def key(self) -> tuple:
-        """What is made once: the run, in its folder, with its metrics."""
+        """Cells with the same key are made once: the same run, folder and metrics."""
         if self.plan is None:
             return tuple(self.overrides)
         folder = self.plan.folder
@@ -39,13 +39,13 @@ class Cell:
 
     @property
     def images_to_make(self) -> int:
-        """How many are not stored, by their files alone."""
+        """The number of images that are not stored, by counting files."""
         images = () if self.config["overwrite"] else self.plan.folder.images.glob("*.png")
         stored = sum(1 for _ in images)
         return max(0, self.config["num_images"] - stored)
 
     def entry(self) -> dict[str, Any]:
-        """What sweep.yaml says of it."""
+        """The cell's entry in sweep.yaml."""
         config = self.config
         return {
             "overrides": [o for o in self.overrides if key_of(o) != "experiment"],
@@ -72,6 +72,6 @@ def key_of(override: str) -> str:
 
 
 def split_lml(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of what stays in the end, and of LML; neither has those that only a search has."""
+    """The overrides that are not LML's, and those of LML, without the search's seed and count."""
     lml = [o for o in overrides if key_of(o) == "lml" or key_of(o).startswith("lml.")]
     return [o for o in overrides if o not in lml and key_of(o) not in ("seed", "num_images")], lml

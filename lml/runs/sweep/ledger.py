@@ -1,4 +1,4 @@
-"""What is kept of a sweep: outputs/<name>/sweep.yaml."""
+"""The record of a sweep: outputs/<name>/sweep.yaml."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lml.schema import SweepFile
 
 
 class Ledger:
-    """sweep.yaml in the folder of a sweep, held against other sweeps until `close`."""
+    """sweep.yaml in the folder of a sweep. Other sweeps of that name are refused until `close`."""
 
     def __init__(self, folder: Path):
         self.path = folder / "sweep.yaml"
@@ -51,13 +51,13 @@ class Ledger:
             aside = self.path.with_name(f"{self.path.name}.broken")
             os.replace(self.path, aside)
             say(
-                f"{self.path}: not a sweep's; kept as {aside.name}, and written anew "
+                f"{self.path}: not a sweep's file; kept as {aside.name}, and written anew "
                 f"({str(error).partition(': ')[2]})"
             )
             return [], []
 
     def write(self, cells: Sequence[dict[str, Any]]) -> None:
-        """These cells, and those of earlier sweeps that they do not replace."""
+        """Write these cells, and those of earlier sweeps that they do not replace."""
         if cells == self._written:
             return
         self._written = list(cells)
@@ -73,5 +73,5 @@ class Ledger:
         write_atomic(self.path, dump_yaml(value))
 
     def close(self) -> None:
-        """Let others sweep."""
+        """Release the lock."""
         self._lock.release()

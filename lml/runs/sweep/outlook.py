@@ -1,4 +1,4 @@
-"""How much a sweep has to do, and how long that takes; known before the first cell is made."""
+"""The work that a sweep has to do, and its time, estimated before the first cell is made."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lml.seals import canonical
 
 @dataclass(frozen=True)
 class Outlook:
-    """One line on `cells`; `name` is the sweep's, where no cell has one.
+    """One line about `cells`. `name` is the name of the sweep, used if no cell has one.
 
-    `trials` is how many cells there will be where the sweeper chooses them one after the other,
-    and `final_images` how many each run at the end of a search makes. `local` says that cells are
-    made in this process.
+    `trials` is the number of cells if the sweeper chooses them one by one. `final_images` is the
+    number of images in each run at the end of a search. `local` says that cells are made in this
+    process.
     """
 
     cells: Sequence[Cell]
@@ -52,8 +52,8 @@ class Outlook:
         return line
 
     def _to_make(self) -> tuple[list[Cell], list[int]]:
-        """The cells that are not finished, and how many images each lacks."""
-        if self.trials:  # which are others than these, and as many images each
+        """The cells that are not finished, and the number of images that each lacks."""
+        if self.trials:  # later cells differ from these, but have the same number of images
             todo = [cell for cell in self.cells if cell.plan is not None][:1] * self.trials
             return todo, [cell.config["num_images"] for cell in todo]
         todo = [cell for cell in self.cells if cell.status == MISSING]
@@ -71,13 +71,13 @@ class Outlook:
     def _duration(self, cells: Sequence[Cell], work: Sequence[int]) -> str:
         seconds = self._seconds(cells, work)
         if seconds is None:
-            return "in a time that is not known yet"
+            return "time not known yet"
         each, rate = "" if self.local else " in one process", sum(work) / seconds
         rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         return f"about {_in_words(seconds)}{each} at {rate} evaluations/s"
 
     def _seconds(self, cells: Sequence[Cell], work: Sequence[int]) -> float | None:
-        """How long so many evaluations of each cell take; None when that is not known."""
+        """The seconds that `work` evaluations of each cell take; None if unknown."""
         rates: dict[str, float | None] = {}
         total = 0.0
         for cell, evaluations in zip(cells, work, strict=True):
@@ -85,7 +85,7 @@ class Outlook:
                 continue
             kind = _kind(cell.config, cell.plan.folder.settings)
             if kind not in rates:
-                # Only the network of the first cell: a second one would have it loaded again.
+                # Only the first cell's network is measured: a second would replace it in memory.
                 measure = _measure if self.local and not rates else lambda _: None
                 rates[kind] = _recall(cell, self.local) or measure(cell)
             if rates[kind] is None:
@@ -108,7 +108,7 @@ def _recall(cell: Cell, local: bool) -> float | None:
             config = read_config(file.parent, RunConfig)
             if _kind(config, config["settings"]) == kind:
                 rates.append(timing["images_per_second"] * timing["evaluations_per_image"])
-        except (UserError, KeyError, TypeError):  # a folder that something else was done to
+        except (UserError, KeyError, TypeError):  # somebody changed the folder
             continue
         if len(rates) == 5:
             break
@@ -116,7 +116,7 @@ def _recall(cell: Cell, local: bool) -> float | None:
 
 
 def _measure(cell: Cell) -> float | None:
-    """The same of one batch, made now; None when that fails, as the cell itself then will."""
+    """Evaluations per second of one batch, made now; None if it fails, as the cell will, too."""
     device = use_device(cell.config["device"], cell.config["threads"])
     try:
         return Worker(cell.plan, device).measure() * rank_and_world()[1]
@@ -125,13 +125,13 @@ def _measure(cell: Cell) -> float | None:
 
 
 def _kind(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What the time of an evaluation depends on, as it is asked for."""
+    """The settings that the time of an evaluation depends on."""
     asked = {key: config[key] for key in ("device", "threads")}
     return canonical({**asked, **{key: settings[key] for key in ("model", "dtype", "compile")}})
 
 
 def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What it depends on here, by the names of timing.json."""
+    """The conditions on this machine that it depends on, with the keys of timing.json."""
     return {
         "device": str(find_device(config["device"])),
         "threads": config["threads"] or torch.get_num_threads(),
