@@ -1,4 +1,4 @@
-"""Where the files that come with the repository lie."""
+"""Finds the files that come with the repository."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ ROOT = Path(__file__).parents[2]
 
 
 def locate(path: str | Path) -> Path:
-    """`path` as seen from the current folder or, if it isn't there, from the repository's root."""
-    path = Path(os.path.expanduser(path))  # Path.expanduser fails for a user who is not there
+    """`path` from the current folder or, if there is no such file, from the repository's root."""
+    path = Path(os.path.expanduser(path))  # Path.expanduser fails for an unknown user
     return path if path.exists() else ROOT / path
