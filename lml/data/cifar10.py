@@ -14,7 +14,7 @@ from lml.errors import UserError
 from lml.files import open_regular
 
 SEARCHED = (Path("data/cifar10"), Path("../shared/data/cifar10"))
-IMAGES = 10_000  # in a sheet, at most
+IMAGES = 10_000  # the most in a sheet
 SHEETS = {
     "train": [f"data_batch_{k}.png" for k in range(1, 6)],
     "test": ["test_batch.png"],
@@ -50,9 +50,8 @@ def load(
     """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of `split`, "train" or "test".
 
     `path` is a folder of PNG sheets or the root of torchvision's `CIFAR10`; without it the
-    places in `SEARCHED` are tried. `download=True` lets torchvision fetch what is missing.
-    Raises UserError when there is nothing to read, or it is broken; `key` is the part of the
-    configuration that its message points to.
+    places in `SEARCHED` are tried. With `download=True`, torchvision fetches what is missing.
+    UserError, naming `key`, if there is nothing to read, or if it is broken.
     """
     folder = find_folder(path)
     if folder is not None and (folder / "data_batch_1.png").is_file():

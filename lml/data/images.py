@@ -1,4 +1,4 @@
-"""A folder or a zip of images as batches of uint8 pixels."""
+"""Reads a folder or a zip of images in batches of uint8 pixels."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from torch import Tensor
 from lml.errors import UserError
 from lml.files import open_regular
 
-Check = Callable[[int, int], None]  # of a height and a width
+Check = Callable[[int, int], None]  # is called with a height and a width
 SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
 FORMATS = ("PNG", "BMP", "WEBP", "JPEG")  # Pillow would start Ghostscript for PostScript
-# What lies beside images and nobody takes for one.
+# Files that are often beside images, and that nobody takes for images.
 NO_IMAGES = (".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt", ".yaml")
 INSIDE = "in sub-folders"
-MODES = ("RGB", "L", "P", "1", "RGBA", "LA")  # the last two where they are opaque
+MODES = ("RGB", "L", "P", "1", "RGBA", "LA")  # the last two only if opaque
 READERS = 4  # threads that decode
 LATENTS = "latents"  # a folder beside a run's images
-METADATA = 2**24  # bytes of a file beside its pixels, at most
-# A few bytes can say that they are gigabytes of pixels.
+METADATA = 2**24  # the most bytes of a file beside its pixels
+# A file of a few bytes can decode to gigabytes of pixels.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager
 def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
-    """The image in `file`, a regular one of `FORMATS`; its pixels are not decoded yet.
+    """Open the image in `file`, a regular file of `FORMATS`, without decoding its pixels.
 
-    Raises whatever Pillow does, and ValueError for one of more pixels than its MAX_IMAGE_PIXELS.
+    Raises Pillow's errors, and ValueError for more pixels than Pillow's MAX_IMAGE_PIXELS.
     """
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open_regular(file)) if isinstance(file, Path) else file
@@ -50,7 +50,7 @@ def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
             image = stack.enter_context(Image.open(stream, formats=FORMATS))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(str(error)) from None
-        # again, for whoever has other filters of warnings
+        # again, in case another filter of warnings is set
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(
                 f"{image.width}x{image.height} pixels; {Image.MAX_IMAGE_PIXELS} at most"
@@ -61,9 +61,9 @@ def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
 def read(path: Path, upright: bool = False, check: Check | None = None) -> Tensor:
     """The image in `path` as uint8 (3, H, W).
 
-    With `upright` it is turned as its EXIF orientation says; tools that score images don't.
-    `check(height, width)` is called before its pixels are decoded. UserError when it is broken, not
-    8 bits of grey or RGB, or transparent somewhere.
+    With `upright`, it is turned by its EXIF orientation; tools that score images don't do that.
+    `check(height, width)` is called before the pixels are decoded. UserError if the image is
+    broken, not 8-bit grey or RGB, or transparent somewhere.
     """
     return decode(path, str(path), upright, check)
 
@@ -79,7 +79,7 @@ def decode(
             return to_tensor(ImageOps.exif_transpose(image) if upright else image, name)
     except UserError:
         raise
-    except Exception as error:  # a broken file raises whatever its decoder stumbled on
+    except Exception as error:  # a decoder may raise anything for a broken file
         raise UserError(f"{name}: not a readable image ({_reason(error)})") from None
 
 
@@ -93,16 +93,16 @@ def to_tensor(image: Image.Image, name: str) -> Tensor:
     """`image`, called `name` in errors, as uint8 (3, H, W). Errors as for `read`."""
     if image.mode not in MODES:
         modes = ", ".join(MODES)
-        raise UserError(f"{name}: pixels of type {image.mode}; one of {modes} is allowed")
+        raise UserError(f"{name}: pixels of type {image.mode}; expected one of {modes}")
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         lowest, _ = image.convert("RGBA").getextrema()[3]
         if lowest < 255:
-            raise UserError(f"{name}: transparent in places; nobody says what is behind them")
+            raise UserError(f"{name}: transparent in places; expected an opaque image")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """sha256 over names, sizes and times of change: another one once a file has changed."""
+    """sha256 over names, sizes and times of change; it changes when a file does."""
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
@@ -111,20 +111,19 @@ def stamp(files: Iterable[Path]) -> str:
 
 
 def latents_path(image: Path) -> Path:
-    """Where the latents that a run's image was decoded from lie, if they were kept."""
+    """Where the latents of a run's image are, if they were kept."""
     return image.parents[1] / LATENTS / f"{image.stem}.npy"
 
 
 class ImageFolder:
     """The images in one folder, sorted by name, all of one size. Nothing is kept in memory.
 
-    `names` are the file names, `size` is (H, W). `left_out` counts the files that may be images and
-    are not read: by their suffix, or as "in sub-folders". Raises UserError when there is no such
-    folder, when it holds no images, and, on reading, for a broken file or one of another size.
-    `key` is the configuration key that errors point to.
+    `names` are the file names, `size` is (H, W). `left_out` counts files that may be images and
+    are not read, by their suffix, or as "in sub-folders". UserError, naming `key`, if there is no
+    such folder or no image in it and, on reading, for a broken file or one of another size.
     """
 
-    nested = False  # whether images in folders inside are read, too
+    nested = False  # whether images in sub-folders are read, too
 
     def __init__(self, path: str | Path, key: str = "images"):
         self.path, self.key = Path(path), key
@@ -146,7 +145,7 @@ class ImageFolder:
         self.size = tuple(self.read(self.names[0]).shape[1:])
 
     def _files(self) -> Iterator[Path]:
-        """All files by their path inside, but for hidden ones."""
+        """All files, without hidden ones, by their path in the folder."""
         if not self.path.is_dir():
             reason = (
                 "a file; expected a folder of images" if self.path.exists() else "no such folder"
@@ -195,7 +194,7 @@ class ImageFolder:
             )
 
     def stamp(self) -> str:
-        """Another one once a file has changed, come or gone."""
+        """A hash that changes when a file is changed, added or removed."""
         return stamp(self.path / name for name in self.names)
 
     def load(self, names: Sequence[str]) -> Tensor:
@@ -207,7 +206,7 @@ class ImageFolder:
         return [self.names[i : i + batch_size] for i in range(0, len(self), batch_size)]
 
     def load_blocks(self, blocks: Iterable[Sequence[str]]) -> Iterator[Tensor]:
-        """The images of each block in turn, as `load` gives them; the next is decoded meanwhile."""
+        """The images of each block in turn, as from `load`; the next block is decoded meanwhile."""
         pool, ahead = ThreadPoolExecutor(READERS), deque()
         try:
             for block in blocks:
@@ -228,9 +227,9 @@ class ImageFolder:
 
 
 class ImageZip(ImageFolder):
-    """The images in a zip file, those in folders inside it too, sorted by name; else as a folder's.
+    """The images in a zip file and in its folders, sorted by name; otherwise as `ImageFolder`.
 
-    Also raises UserError for a file that is no zip.
+    UserError also for a file that is no zip.
     """
 
     nested = True

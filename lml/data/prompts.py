@@ -1,4 +1,4 @@
-"""What text-to-image models are asked for: prompt sets, one prompt an image, in a fixed order."""
+"""Prompt sets for text-to-image models: one prompt for each image, in a fixed order."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TABLES = (".csv", ".tsv", ".jsonl")
 
 @dataclass(frozen=True, repr=False)
 class PromptSet(Sequence):
-    """Prompt k, `prompts[k]`, is that of image k; a slice is a PromptSet, too.
+    """`prompts[k]` is the prompt of image k; a slice is a PromptSet, too.
 
-    `entries` are JSON objects: {"prompt": str} and what else identifies the prompt in `source`.
+    `entries` are JSON objects: {"prompt": str} and other keys that identify it in `source`.
     """
 
     source: str
@@ -49,28 +49,28 @@ class PromptSet(Sequence):
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What is saved of each image: its index, its prompt, and where that comes from."""
+        """The record of each image: its index, its prompt, and where the prompt comes from."""
         return [{"index": index, **entry} for index, entry in enumerate(self.entries)]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the prompts: `sha256` is that of `to_jsonl()` in UTF-8."""
+        """The settings that determine the prompts; `sha256` is that of `to_jsonl()` in UTF-8."""
         sha256 = hashlib.sha256(self.to_jsonl().encode()).hexdigest()
         return {"source": self.source, "count": len(self), "sha256": sha256}
 
     def take(self, count: int) -> PromptSet:
-        """The first `count` prompts. UserError when there are fewer."""
+        """The first `count` prompts. UserError if there are fewer."""
         if count > len(self):
             raise UserError(f"num_images={count}: prompts={self.source} has {len(self)}")
         return self[:count]
 
     def to_jsonl(self) -> str:
-        """`records`, one JSON object a line."""
+        """`records`, one JSON object on each line."""
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
 
 
 def load(config: Mapping[str, Any] | None) -> PromptSet | None:
-    """The prompts that the config group `prompts` describes; None where it is empty."""
+    """The prompts that the config group `prompts` describes; None if it is empty."""
     if not config:
         return None
     prompts = make(config, "prompts")
@@ -80,27 +80,29 @@ def load(config: Mapping[str, Any] | None) -> PromptSet | None:
 
 
 def read(path: str | Path) -> PromptSet:
-    """What `PromptSet.to_jsonl` made, in a file. UserError for a file that is anything else."""
+    """Read a file that `PromptSet.to_jsonl` made. UserError for any other file."""
     entries = []
     for number, record in _read_jsonl(Path(path), str(path)):
         index, prompt = record.pop("index", None), record.get("prompt")
         if index != len(entries) or not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}: line {number} is not that of prompt {len(entries)}")
+            raise UserError(f"{path}: line {number} is not the record of prompt {len(entries)}")
         entries.append(record)
     return _collect(FILE, entries, str(path))
 
 
 def find_texts(images: str | Path, config: Mapping[str, Any] | None = None) -> list[str] | None:
-    """The prompts of a folder of images: those of the run that made them, else those of `config`.
+    """The prompts of a folder of images: those of the run that made it, otherwise of `config`.
 
-    None where there are neither. UserError when there are both and they aren't the same.
+    None if there are neither. UserError if there are both and they differ.
     """
     own, given = Path(images).resolve().parent / FILE, load(config)
     if not own.is_file():
         return given and given.texts
     texts = read(own).texts
     if given is not None and given.texts != texts:
-        raise UserError(f"prompts: images={images} were made from those in {own}; give no others")
+        raise UserError(
+            f"prompts: images={images} were made from the prompts in {own}; give no others"
+        )
     return texts
 
 
@@ -108,7 +110,7 @@ def find_texts(images: str | Path, config: Mapping[str, Any] | None = None) -> l
 
 
 def text(file: str | Path) -> PromptSet:
-    """One prompt a line, UTF-8. Whitespace around prompts and lines without any don't count."""
+    """One prompt on each line, UTF-8. Whitespace around prompts and empty lines don't count."""
     label = f"prompts.file={file}"
     lines = _lines(_read(locate(file), label))
     return _collect("text", ({"prompt": line, "line": n} for n, line in enumerate(lines, 1)), label)
@@ -117,8 +119,8 @@ def text(file: str | Path) -> PromptSet:
 def table(file: str | Path, column: str = "prompt") -> PromptSet:
     """One column of a CSV, TSV (both with a header) or JSONL file, UTF-8; empty cells don't count.
 
-    Cells may be quoted, and then hold separators, quotes and line breaks. A TSV file that is not
-    well quoted is read as one without quoting.
+    Quoted cells may hold separators, quotes and line breaks. A TSV file whose quotes are wrong is
+    read as one without quoting.
     """
     label = f"prompts.file={file}"
     path = locate(file)
@@ -129,7 +131,9 @@ def table(file: str | Path, column: str = "prompt") -> PromptSet:
     for number, row in rows(path, label):
         if column not in row:
             known = nearest(column, map(str, row))
-            raise UserError(f"prompts.column={column}: not in line {number} of {file}; has {known}")
+            raise UserError(
+                f"prompts.column={column}: not in line {number} of {file}; it has {known}"
+            )
         if not isinstance(row[column], str):
             raise UserError(f"prompts.column={column}: no text in line {number} of {file}")
         entries.append({"prompt": row[column], "line": number})
@@ -141,8 +145,8 @@ def t2i_compbench(
 ) -> PromptSet:
     """T2I-CompBench's validation prompts (arXiv 2307.06350), each `samples_per_prompt` times.
 
-    `path` is the benchmark's repository, or a folder of CATEGORY_val.txt. The order is category,
-    prompt, sample, as the benchmark's own evaluators need it (lml/export.py).
+    `path` is the benchmark's repository, or a folder of CATEGORY_val.txt. The order is by category,
+    prompt and sample, as the benchmark's own evaluators need it (lml/export.py).
     """
     check_whole(samples_per_prompt, "prompts.samples_per_prompt")
     folder = locate(path)
@@ -159,7 +163,7 @@ def t2i_compbench(
                 f"nearest: {nearest(category, known)}"
             )
         file = folder / f"{category}_val.txt"
-        # what follows a tab is a note to its authors
+        # after a tab comes a note of its authors
         lines = [line.split("\t")[0].strip() for line in _lines(_read(file, str(file)))]
         entries += [
             {"prompt": line, "category": category, "prompt_index": index, "sample": sample}
@@ -172,12 +176,12 @@ def t2i_compbench(
 def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSet:
     """Captions of `count` images of MS-COCO's val2014, one each, from captions_val2014.json.
 
-    The rule, for anybody to repeat: H(text) is the sha256 of `text` in hexadecimal.
-      1. Images are put in the order of H(f"{seed} {image_id}"), and the first `count` are taken.
-      2. Of an image's captions the one of the lowest H(f"{seed} {image_id} {caption_id}") is taken.
-      3. Whitespace in a caption is reduced to single spaces between words.
-    So a smaller `count` is the beginning of a larger one, and every beginning a random choice. The
-    reference set is those same images: `file_name` in the records (lml/export.py builds it).
+    Anybody can repeat the choice by this rule, with H(text) the sha256 of `text` in hexadecimal:
+      1. Sort the images by H(f"{seed} {image_id}"), and take the first `count`.
+      2. Take the caption of each image with the lowest H(f"{seed} {image_id} {caption_id}").
+      3. Reduce whitespace in a caption to single spaces between words.
+    So a smaller `count` gives the first prompts of a larger one, and each count a random choice.
+    The reference set is the same images, `file_name` in the records (lml/export.py makes it).
     """
     label = f"prompts.file={file}"
     content = _read(locate(file), label)
@@ -193,7 +197,7 @@ def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSe
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{label}: expected captions_val2014.json of MS-COCO ({reason})") from None
     if others:
-        raise UserError(f"{label}: not of val2014, since it has {others[0]}")
+        raise UserError(f"{label}: not of val2014: it has {others[0]}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(captions):
         raise UserError(f"prompts.count={count}: {label} has captions of {len(captions)} images")
     if missing := captions.keys() - names.keys():
@@ -220,12 +224,12 @@ def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSe
 
 
 def _collect(source: str, entries: Iterable[Mapping[str, Any]], label: str) -> PromptSet:
-    """A PromptSet of what has a prompt. UserError, beginning with `label`, when nothing has."""
+    """A PromptSet of the entries with a prompt. UserError, beginning with `label`, without any."""
     kept = []
     for entry in entries:
         if prompt := entry["prompt"].strip():
             kept.append({**entry, "prompt": prompt})
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # JSON can say these
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # JSON can hold these
                 raise UserError(f"{label}: {prompt!r} is not text (half a UTF-16 character)")
     if not kept:
         raise UserError(f"{label}: no prompts in it")
@@ -245,7 +249,7 @@ def _read(path: Path, label: str) -> str:
 
 
 def _lines(content: str) -> list[str]:
-    """Lines as editors count them; str.splitlines would break prompts at form feeds and others."""
+    """Lines as editors count them; str.splitlines would also break at form feeds and others."""
     return content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -269,7 +273,7 @@ def _read_csv(path: Path, label: str) -> list[tuple[int, dict[str, str]]]:
             return _rows(content, ",", csv.QUOTE_MINIMAL)
         try:
             return _rows(content, "\t", csv.QUOTE_MINIMAL)
-        except csv.Error:  # PartiPrompts, say, has quotes that are its prompts' own
+        except csv.Error:  # in PartiPrompts, for example, quotes belong to the prompts
             return _rows(content, "\t", csv.QUOTE_NONE)
     except csv.Error as error:
         raise UserError(f"{label}: {error}") from None

@@ -1,4 +1,4 @@
-"""What images are compared with: where it comes from, and where its statistics are kept."""
+"""Reference sets that images are compared with, and the cache of their statistics."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ BATCH_SIZE = 256
 class TorchvisionImages:
     """A torchvision dataset's images, all of one size: `torchvision:NAME:SPLIT`.
 
-    CIFAR10 is looked for where lml.data.cifar10 looks, and held in memory; any other in data/name,
-    in lower case. Nothing is downloaded. `size` is (H, W). UserError when it is not there.
+    CIFAR10 is found as in lml.data.cifar10, and held in memory. Others must be in data/name, with
+    its name in lower case. Nothing is downloaded. `size` is (H, W). UserError if it is missing.
     """
 
     def __init__(self, spec: str, key: str = "reference"):
@@ -68,7 +68,7 @@ class TorchvisionImages:
             options["split"] = split
         try:
             return cls(self.root, **options)
-        except Exception as error:  # each dataset has its own way to say that it is not there
+        except Exception as error:  # each dataset raises its own error if it is missing
             self._refuse(cls.__name__, self.root, " ".join(str(error).split()))
 
     def _refuse(self, name: str, place: Path | str, reason: str) -> None:
@@ -99,15 +99,15 @@ class TorchvisionImages:
             yield torch.stack(images)
 
     def stamp(self) -> str:
-        """Another one once a file in the dataset's folder has changed."""
+        """A hash that changes when a file in the dataset's folder does."""
         return stamp(sorted(file for file in self.root.rglob("*") if file.is_file()))
 
 
 def open_images(spec: str | Path, key: str = "reference") -> ImageFolder | TorchvisionImages | None:
-    """The images that `spec` names; None for an .npz. UserError for anything that is no reference.
+    """The images that `spec` names; None for an .npz. UserError, naming `key`, for anything else.
 
-    `spec` is a folder, a .zip or torchvision:NAME:SPLIT. Relative paths are looked for from the
-    current folder, then from the repository's root. `key` is what errors point to.
+    `spec` is a folder, a .zip or torchvision:NAME:SPLIT. Relative paths start from the current
+    folder or, if there is no such file, from the repository's root.
     """
     if str(spec).startswith(TORCHVISION):
         return TorchvisionImages(str(spec), key)
@@ -123,7 +123,7 @@ def open_images(spec: str | Path, key: str = "reference") -> ImageFolder | Torch
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept, beside torch's hub folder: TORCH_HOME moves both."""
+    """The folder for statistics, beside torch's hub folder: TORCH_HOME moves both."""
     return Path(torch.hub.get_dir()).parent / "lml"
 
 
@@ -131,15 +131,15 @@ _alive = WeakValueDictionary()
 
 
 class Reference:
-    """A reference set under one feature extractor, whose statistics are computed when asked for.
+    """A reference set under one feature extractor. Its statistics are computed at first use.
 
-    They are kept in `cache_folder()` and computed again only when the source has changed (a file's
-    name, size or time), or for another extractor. Several processes that want the same ones compute
-    them once. Statistics in an .npz are read and checked at once: UserError for those of another
+    They are kept in `cache_folder()`, and computed again only if the source changes (a file's name,
+    size or time), or for another extractor. Several processes compute the same statistics only
+    once. Statistics in an .npz are read and checked at once: UserError if they are of another
     extractor or number of features.
 
-    `size` is (H, W) of the images, or None when nobody knows. With `keep_features` set before the
-    statistics are computed, they hold all features, too: 4 D bytes an image, in memory and on disk.
+    `size` is (H, W) of the images, or None if unknown. If `keep_features` is set before the
+    statistics are computed, they also hold all features: 4 D bytes an image, in memory and on disk.
     """
 
     def __init__(self, spec: str | Path, extractor: nn.Module, key: str = "reference"):
@@ -158,7 +158,7 @@ class Reference:
         self.source = str(path.resolve()) if path else self.spec
 
     def describe(self) -> dict:
-        """What a metric's protocol says of it; without the count before it is computed."""
+        """The reference's entry in a metric's protocol; it has no count before it is computed."""
         statistics, facts = self._statistics, {}
         if self.images is None:
             return statistics.describe()
@@ -170,18 +170,18 @@ class Reference:
         return {"source": self.source, **facts, "size": list(self.size)}
 
     def statistics(self) -> ReferenceStatistics:
-        """Computed, or read from where they are kept."""
+        """The statistics, from the cache or computed now."""
         statistics = self._statistics
         if statistics is None or (self.keep_features and statistics.features is None):
             self._statistics = self._find()
         return self._statistics
 
     def need_features(self, key: str = "reference") -> None:
-        """Keep all features when they are computed. UserError when there are only statistics."""
+        """Keep all features when they are computed. UserError if there are only statistics."""
         if self.images is None:
             raise UserError(
-                f"{key}={self.spec}: holds mean and covariance, enough for a Fréchet distance "
-                "alone; the images are asked"
+                f"{key}={self.spec}: has only mean and covariance, enough for a Fréchet distance; "
+                "expected the images"
             )
         self.keep_features = True
 
@@ -191,9 +191,9 @@ class Reference:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(f"{path}.lock"))
-            except OSError:  # nowhere to keep them
+            except OSError:  # no writable cache
                 return self._compute()
-            with contextlib.suppress(UserError):  # none yet, or broken
+            with contextlib.suppress(UserError):  # not in the cache yet, or broken
                 kept = ReferenceStatistics.load(path, features=self.keep_features)
                 fits = kept.protocol.get("stamp") == self.stamp
                 if fits and (kept.features is not None or not self.keep_features):
@@ -204,7 +204,7 @@ class Reference:
             return made
 
     def file(self) -> Path:
-        """Where the statistics are kept; it says which source and which extractor."""
+        """The file of the statistics; its name depends on the source and the extractor."""
         what = [self.source, describe(self.extractor), getattr(self.extractor, "resize", "none")]
         name = re.sub(r"\W+", "-", Path(self.source).stem).strip("-")
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
@@ -225,9 +225,9 @@ class Reference:
 
 
 def find_reference(spec: str | Path | None, extractor: nn.Module, key: str) -> Reference:
-    """The reference set of this name; metrics with the same extractor share it while it lasts.
+    """The reference set that `spec` names, shared between metrics with the same extractor.
 
-    So it is computed once for all of them. UserError, naming `key`, without one.
+    So it is computed only once for all of them. UserError, naming `key`, if `spec` is None.
     """
     if spec is None:
         raise UserError(f"{key}=null: expected {KINDS}; reference= sets it for all metrics")
@@ -238,7 +238,7 @@ def find_reference(spec: str | Path | None, extractor: nn.Module, key: str) -> R
 
 
 def check_size(images: Tensor, reference: Reference | ReferenceStatistics) -> None:
-    """UserError unless `images` (B, C, H, W) have the resolution of the reference's, if known."""
+    """UserError unless `images` (B, C, H, W) have the reference's resolution, if that is known."""
     if reference.size is not None and tuple(images.shape[2:]) != tuple(reference.size):
         (height, width), (h, w) = reference.size, images.shape[2:]
         raise UserError(f"images of {w}x{h} pixels: the reference's have {width}x{height}")

@@ -1,4 +1,4 @@
-"""Mean and covariance of an image set's features: what a Fréchet distance is measured against."""
+"""Mean and covariance of an image set's features, the reference of a Fréchet distance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lml.schema import Statistics, check
 def weights_sha256(module: nn.Module) -> str:
     """sha256 over the names and float32 values of a module's weights and buffers.
 
-    So it doesn't depend on the file format or on the type that the weights are stored in.
+    It doesn't depend on the format of the file, nor on the type that the weights are stored in.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -31,9 +31,9 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def describe(extractor: nn.Module) -> dict[str, str]:
-    """A feature extractor's name and the sha256 of its weights, as protocols state them.
+    """A feature extractor's name and the sha256 of its weights, for protocols.
 
-    One that never changes may carry it as its `description`, since large weights take time.
+    An extractor that never changes may have this as its `description`, since hashing takes time.
     """
     if hasattr(extractor, "description"):
         return dict(extractor.description)
@@ -53,9 +53,9 @@ def mean_and_covariance(count: int, total: Tensor, products: Tensor) -> tuple[Te
 class ReferenceStatistics:
     """`mu` (D,) and unbiased `sigma` (D, D), float64, of the features of `count` images.
 
-    `protocol` says which extractor (name, sha256 of the weights) saw which images (count, size as
-    [H, W], sha256 of their pixels as uint8 NHWC). Of other people's statistics nobody knows: it is
-    empty, and `count` is None. `features` (`count`, D), float32, are there when they were kept.
+    `protocol` describes the extractor (name, sha256 of the weights) and the images (count, size as
+    [H, W], sha256 of their pixels as uint8 NHWC). For other people's statistics it is empty, and
+    `count` is None. `features` (`count`, D), float32, are None unless they were kept.
     """
 
     mu: Tensor
@@ -68,12 +68,12 @@ class ReferenceStatistics:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) of the images; None when nobody knows."""
+        """(H, W) of the images; None if unknown."""
         size = self.protocol.get("images", {}).get("size")
         return size and tuple(size)
 
     def describe(self) -> dict:
-        """What a metric's protocol says of its reference."""
+        """The reference's entry in a metric's protocol."""
         return {"file": self.file, "count": self.count, "sha256": self.sha256}
 
     @classmethod
@@ -81,9 +81,9 @@ class ReferenceStatistics:
     def compute(
         cls, batches: Iterable[Tensor], extractor: nn.Module, keep_features: bool = False
     ) -> ReferenceStatistics:
-        """Of uint8 batches (B, 3, H, W) under `extractor`: uint8 (B, 3, H, W) -> (B, D).
+        """Statistics of uint8 batches (B, 3, H, W) under `extractor`: (B, 3, H, W) -> (B, D).
 
-        Holds one batch at a time, unless it is to keep all features.
+        One batch is in memory at a time, and all features if they are to be kept.
         """
         extractor = extractor.eval()
         device = next(extractor.parameters()).device
@@ -112,7 +112,7 @@ class ReferenceStatistics:
     def save(self, path: str | Path) -> None:
         """Write an .npz of mu, sigma, count, protocol (a JSON string) and the features, if any.
 
-        The whole file or none, with equal bytes each time.
+        It writes the whole file or nothing. The same statistics give the same bytes.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +130,10 @@ class ReferenceStatistics:
         features: bool = False,
         any_origin: bool = False,
     ) -> ReferenceStatistics:
-        """Read what `save` wrote; the features, if it holds any, when they are asked for.
+        """Read a file that `save` wrote; its features, if any, only on request.
 
-        With `any_origin` also other people's .npz that holds no more than `mu` and `sigma`. `key`
-        is the configuration key that errors point to.
+        With `any_origin`, also other people's .npz with only `mu` and `sigma`. UserError, naming
+        `key`, for any other file.
         """
         path = locate(path)
         if not path.is_file():
@@ -162,7 +162,7 @@ class ReferenceStatistics:
     def check(self, extractor: nn.Module, key: str = "reference") -> None:
         """UserError unless these are statistics of the features of exactly this extractor.
 
-        Of other people's only the number of features can be checked.
+        For other people's statistics, only the number of features can be checked.
         """
         ours, theirs = describe(extractor), self.protocol.get("extractor", {})
         if len(self.mu) != extractor.num_features:
@@ -182,7 +182,7 @@ def make_reference(
 ) -> ReferenceStatistics:
     """Write the statistics of uint8 `images` (N, 3, H, W) under `extractor` to `path`.
 
-    Give the extractor as it is read back from disk: half-precision files round its weights, and a
+    Use the extractor as it is read from its file: files in half precision round the weights, and a
     metric refuses statistics that other weights made.
     """
     statistics = ReferenceStatistics.compute(images.split(batch_size), extractor)

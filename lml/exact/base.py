@@ -1,12 +1,12 @@
-"""What the exact problems share: noise levels, prediction types, and the score's own formulas.
+"""The base of the exact problems: noise levels, prediction types, and formulas of the score.
 
 With x_t = α x_0 + σ ε and x̂_0 = E[x_0 | x_t], Tweedie's formula and its derivative say
 
     ∇ log p_t(x)    = (α x̂_0 − x) / σ²
     ∇² log p_t(x) v = (α² Cov[x_0 | x_t] v / σ² − v) / σ²
 
-(Efron, "Tweedie's Formula and Selection Bias", 2011; Meng et al., arXiv 2111.04394), so a problem
-is known once E[x_0 | x_t] and Cov[x_0 | x_t] v are.
+(Efron, "Tweedie's Formula and Selection Bias", 2011; Meng et al., arXiv 2111.04394). So a problem
+needs only E[x_0 | x_t] and Cov[x_0 | x_t] v.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ PREDICTIONS = {
 class ExactModel(nn.Module, ABC):
     """A distribution of images (C, H, W) whose noised score is known at every timestep.
 
-    All arithmetic is float64, whatever the dtype of the module or of its input; outputs have the
-    dtype of the input. `.to(dtype)` only sets what `.dtype` reports. The score is a difference of
-    numbers near x, so it carries an absolute error of some 1e-15 |x| / σ².
+    It computes in float64, whatever the dtype of the module or of its input is; outputs have the
+    dtype of the input. `.to(dtype)` only changes the value of `.dtype`. The score is a difference
+    of numbers near x, so it has an absolute error of about 1e-15 |x| / σ².
 
     Args:
         shape: (C, H, W) of an image.
-        scheduler: any diffusers scheduler; its noise levels and its prediction type are taken.
-            One without betas (flow matching) means α = 1 − t/T, σ = t/T. Without a scheduler:
-            `DDPMScheduler()`, T = 1000 linear betas from 1e-4 to 0.02.
-        prediction_type: what the call returns, in place of the scheduler's: "epsilon", "sample",
+        scheduler: any diffusers scheduler, for its noise levels and its prediction type. One
+            without betas (flow matching) means α = 1 − t/T, σ = t/T. The default is
+            `DDPMScheduler()`: T = 1000 linear betas from 1e-4 to 0.02.
+        prediction_type: the type of the output, instead of the scheduler's: "epsilon", "sample",
             "v_prediction" or "flow_prediction".
     """
 
@@ -59,7 +59,7 @@ class ExactModel(nn.Module, ABC):
         flow = "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas")
         if not flow and not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
-                f"scheduler={type(scheduler).__name__}: one with alphas_cumprod or flow matching"
+                f"scheduler={type(scheduler).__name__}: expected alphas_cumprod or flow matching"
             )
         prediction_type = (
             prediction_type
@@ -68,12 +68,12 @@ class ExactModel(nn.Module, ABC):
         )
         if prediction_type not in PREDICTIONS:
             names = nearest(prediction_type, PREDICTIONS)
-            raise UserError(f"prediction_type={prediction_type}: one of {names}")
+            raise UserError(f"prediction_type={prediction_type}: expected one of {names}")
 
         self.shape = tuple(shape)
         self.prediction_type = prediction_type
         self.num_train_timesteps = scheduler.config.num_train_timesteps
-        # The float32 table itself, not a better one: it is what every solver steps along.
+        # The float32 table and not a more precise one, since all solvers use this table.
         self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.double().cpu()
         channels, height, width = self.shape
         self.config = FrozenDict(
@@ -112,32 +112,33 @@ class ExactModel(nn.Module, ABC):
         """(α, σ) at timestep `t`, a number or a tensor of any shape; float64, on the CPU.
 
         Between whole timesteps log(σ/α) is linear in `t`, as in the `_sigma_to_t` of diffusers'
-        schedulers. (`EulerDiscreteScheduler` and `HeunDiscreteScheduler` interpolate σ/α itself
-        when their `linspace` timesteps are fractional: 2 % off between t = 0 and 1, under 0.5 %
-        from t = 2 on. It would tell a network the same timestep.)
-        Raises UserError outside [0, T − 1], for flow matching outside (0, T].
+        schedulers. (For fractional `linspace` timesteps, `EulerDiscreteScheduler` and
+        `HeunDiscreteScheduler` interpolate σ/α instead: a difference of 2 % between t = 0 and 1,
+        and under 0.5 % from t = 2 on. A network gets the same timestep in both cases.)
+        UserError outside [0, T − 1]; for flow matching, outside (0, T].
         """
         t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
         steps = self.num_train_timesteps
         if self.alphas_cumprod is None:
             if not ((t > 0) & (t <= steps)).all():
-                raise UserError(f"timestep={t.tolist()}: above 0 and at most {steps}")
+                raise UserError(f"timestep={t.tolist()}: expected above 0 and at most {steps}")
             return 1 - t / steps, t / steps
         if not ((t >= 0) & (t <= steps - 1)).all():
-            raise UserError(f"timestep={t.tolist()}: from 0 to {steps - 1}")
+            raise UserError(f"timestep={t.tolist()}: expected from 0 to {steps - 1}")
         log_snr = torch.logit(self.alphas_cumprod)
         low, high = log_snr[t.floor().long()], log_snr[t.ceil().long()]
-        # The first case also keeps the -inf of a zero terminal SNR out of the second.
+        # A zero terminal SNR is -inf here: lerp with weight 0 would turn its neighbour into NaN.
         log_snr = torch.where(t.frac() == 0, low, torch.lerp(low, high, t.frac()))
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
     def _levels(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at `t`, shaped to multiply `x` flattened to (B, D)."""
         if x.shape[1:] != self.shape:
-            raise UserError(f"sample={tuple(x.shape)}: its shape is (B, {str(self.shape)[1:]}")
+            raise UserError(f"sample={tuple(x.shape)}: expected (B, {str(self.shape)[1:]}")
         alpha, sigma = (level.to(x.device).reshape(-1, 1) for level in self.noise_levels(t))
         if len(alpha) not in (1, len(x)):
-            raise UserError(f"timestep={tuple(alpha.shape[:1])}: one, or one per sample, {len(x)}")
+            shape = tuple(alpha.shape[:1])
+            raise UserError(f"timestep={shape}: expected one, or one for each of {len(x)} samples")
         return alpha, sigma
 
     def posterior_mean(self, x: Tensor, t: float | Tensor) -> Tensor:
@@ -171,10 +172,10 @@ class ExactModel(nn.Module, ABC):
 
             dx/dφ = cos φ ε̂ − sin φ x̂_0
 
-        (Salimans and Ho, arXiv 2202.00512, appendix D), solved by Dormand and Prince's method in
-        as many steps as the `tolerance` asks for: the root mean square error of a step, over all
-        of the batch. The default is converged in that the cosines to directions of a step of DDIM's
-        ten, which is what `lml.metrics.trajectory` asks, are right to 1e-5.
+        (Salimans and Ho, arXiv 2202.00512, appendix D). Dormand and Prince's method solves it. It
+        chooses its steps so that the root mean square error of a step over the batch stays below
+        `tolerance`. With the default, the cosines that `lml.metrics.trajectory` measures for the
+        steps of a DDIM run with ten steps are right to 1e-5.
         """
         (alpha, sigma), (alpha_to, sigma_to) = map(self.noise_levels, (t_from, t_to))
         shape = x.flatten(1).shape
@@ -197,8 +198,8 @@ class ExactModel(nn.Module, ABC):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """What `prediction_type` names, for `sample` (B, C, H, W) at `timestep`, a number or a
-        tensor () or (B,), fractions included. `class_labels` is ignored."""
+        """The prediction of `prediction_type` for `sample` (B, C, H, W) at `timestep`, a number or
+        a tensor () or (B,), also a fraction. `class_labels` is ignored."""
         alpha, sigma = self._levels(sample, timestep)
         x = sample.flatten(1).double()
         x0 = self._posterior_mean(x, alpha, sigma)

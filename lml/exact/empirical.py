@@ -16,30 +16,32 @@ from lml.schema import check_whole
 
 
 class Empirical(ExactModel):
-    """x_0 uniform over N images x_i, so that a network trained to perfection would compute
+    """x_0 is uniform over N images x_i. A perfectly trained network would compute
 
         E[x_0 | x_t] = Σ_i w_i x_i,  w = softmax_i(−‖x_t − α x_i‖² / 2σ²)
 
-    (Karras et al., arXiv 2206.00364, equation 57). One pass over the images in blocks, with a
-    running maximum in the softmax, takes memory for the images as they were given (50,000 uint8
-    images of 3,072 dimensions: 154 MB), one block in float64 (8·`block_size`·D bytes) and a few
-    times the batch, whatever N is.
+    (Karras et al., arXiv 2206.00364, equation 57). It makes one pass over the images in blocks,
+    with a running maximum in the softmax. For any N this needs memory for the images as given
+    (50,000 uint8 images of 3,072 dimensions: 154 MB), for one block in float64 (8·`block_size`·D
+    bytes) and for a few copies of the batch.
 
-    The logits are (α x·x_i − α² ‖x_i‖²/2) / σ² in float64: their rounding is about 1e-15 ‖x_i‖²/σ²,
-    which is 1e-8 for CIFAR-10 at σ = 0.01 and the relative error of the weights. In float32 it
-    would be about 1: enough to choose the wrong one of two neighbours.
+    The logits are (α x·x_i − α² ‖x_i‖²/2) / σ² in float64. Their rounding error, about
+    1e-15 ‖x_i‖²/σ², is the relative error of the weights: 1e-8 for CIFAR-10 at σ = 0.01. In
+    float32 it would be about 1, enough to choose the wrong one of two neighbours.
 
     Args:
-        images: (N, C, H, W), uint8 (taken as u/127.5 − 1) or floating point (taken as it is).
-        block_size: images that are in memory as float64 at a time.
+        images: (N, C, H, W), uint8 u (used as u/127.5 − 1) or floating point (used as given).
+        block_size: the number of images in float64 at a time.
         kwargs: `scheduler` and `prediction_type` of `ExactModel`.
     """
 
     def __init__(self, images: Tensor, block_size: int = 1024, **kwargs):
         if images.ndim != 4 or len(images) < 1:
-            raise UserError(f"images={tuple(images.shape)}: (N, C, H, W) with N at least 1")
+            raise UserError(
+                f"images={tuple(images.shape)}: expected (N, C, H, W) with N at least 1"
+            )
         if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise UserError(f"images={images.dtype}: uint8 or floating point")
+            raise UserError(f"images={images.dtype}: expected uint8 or floating point")
         check_whole(block_size, "block_size")
         super().__init__(images.shape[1:], **kwargs)
         self.block_size = block_size
@@ -57,7 +59,7 @@ class Empirical(ExactModel):
     ) -> Empirical:
         """The first `count` training images of CIFAR-10, read by `lml.data.cifar10.load`."""
         if not 1 <= count <= 50_000:
-            raise UserError(f"count={count}: from 1 to 50000")
+            raise UserError(f"count={count}: expected from 1 to 50000")
         images, _ = cifar10.load("train", path, download, key="model.network")
         return cls(
             images[:count].clone(),

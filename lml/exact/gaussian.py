@@ -13,7 +13,7 @@ from lml.exact.base import ExactModel
 class Gaussian(ExactModel):
     """x_0 ~ N(μ, V diag(s) Vᵀ).
 
-    In the eigenbasis V every component is a problem of its own:
+    In the eigenbasis V, every component is a separate problem:
 
         E[x_0 | x_t]   = μ + α s / (α² s + σ²) · (x_t − α μ)
         Cov[x_0 | x_t] = s σ² / (α² s + σ²)
@@ -30,9 +30,9 @@ class Gaussian(ExactModel):
         size = mean.numel()
         basis = torch.eye(size) if basis is None else basis
         if variances.shape != (size,) or not (variances >= 0).all():
-            raise UserError(f"variances={tuple(variances.shape)}: {size} numbers, none below 0")
+            raise UserError(f"variances={tuple(variances.shape)}: expected {size} numbers >= 0")
         if basis.shape != (size, size):
-            raise UserError(f"basis={tuple(basis.shape)}: a {size} x {size} matrix")
+            raise UserError(f"basis={tuple(basis.shape)}: expected a {size} x {size} matrix")
         self.register_buffer("mean", mean.double().flatten())
         self.register_buffer("variances", variances.double())
         self.register_buffer("basis", basis.double())
@@ -90,7 +90,7 @@ class Gaussian(ExactModel):
     def flow(self, x: Tensor, t_from: float | Tensor, t_to: float | Tensor | None = None) -> Tensor:
         """The probability-flow ODE's solution at `t_to` that passes through `x` at `t_from`.
 
-        `x` is (B, C, H, W), the timesteps as in the call, `t_to` = None is the clean end (α = 1,
+        `x` is (B, C, H, W). Timesteps are as in the call; `t_to` = None is the clean end (α = 1,
         σ = 0). In the eigenbasis
 
             x_to − α_to μ = sqrt((α_to² s + σ_to²) / (α_from² s + σ_from²)) (x_from − α_from μ)

@@ -1,4 +1,4 @@
-"""A mixture of low-rank Gaussians: curved score, several modes, still O(K·D·r) a sample."""
+"""A mixture of low-rank Gaussians: curved score, several modes, cost O(K·D·r) for each sample."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lml.schema import check_whole
 
 
 class MixtureOfGaussians(ExactModel):
-    """x_0 ~ Σ_k w_k N(μ_k, F_k F_kᵀ + τ I), each F_k of rank r beside an isotropic floor τ.
+    """x_0 ~ Σ_k w_k N(μ_k, F_k F_kᵀ + τ I), with F_k of rank r and an isotropic floor τ.
 
-    With F_k F_kᵀ = Q_k diag(s_k) Q_kᵀ, Woodbury's identity is diagonal: along Q_k a component has
-    the variances s_k + τ, elsewhere τ. Its share is
+    With F_k F_kᵀ = Q_k diag(s_k) Q_kᵀ, Woodbury's identity is diagonal: a component has the
+    variances s_k + τ along Q_k, and τ in all other directions. Its weight at x follows from
 
         log N(x; α μ_k, α² F_k F_kᵀ + β I),  β = α² τ + σ²
           = −½ [ ‖d_k‖²/β − Σ_j α² s_kj (q_kjᵀ d_k)² / (β (α² s_kj + β))
@@ -35,12 +35,14 @@ class MixtureOfGaussians(ExactModel):
         super().__init__(means.shape[1:], **kwargs)
         count, size = len(means), means[0].numel()
         if weights.shape != (count,) or not (weights > 0).all():
-            raise UserError(f"weights={weights.tolist()}: {count} numbers above 0")
+            raise UserError(f"weights={weights.tolist()}: expected {count} numbers above 0")
         if factors.shape[:2] != (count, size) or not 1 <= factors.shape[2] <= size:
             shape = tuple(factors.shape)
-            raise UserError(f"factors={shape}: ({count}, {size}, r) with r from 1 to {size}")
+            raise UserError(
+                f"factors={shape}: expected ({count}, {size}, r) with r from 1 to {size}"
+            )
         if not floor >= 0:
-            raise UserError(f"floor={floor}: a variance, at least 0")
+            raise UserError(f"floor={floor}: expected a variance of at least 0")
         basis, scale, _ = torch.linalg.svd(factors.double(), full_matrices=False)
         self.floor = float(floor)
         self.register_buffer("log_weights", weights.double().log())
@@ -64,8 +66,8 @@ class MixtureOfGaussians(ExactModel):
     ) -> MixtureOfGaussians:
         """Random weights (softmax of N(0, 1)), means (N(0, `mean_std`²)) and factors.
 
-        A component's low-rank part has the standard deviation `std` in an average pixel, beside the
-        floor's √`floor`.
+        In an average pixel, a component's low-rank part has the standard deviation `std`, and the
+        floor has √`floor`.
         """
         check_whole(components, "components")
         check_whole(rank, "rank")
@@ -98,7 +100,7 @@ class MixtureOfGaussians(ExactModel):
         spread = alpha[:, :, None] ** 2 * self.variances
         total = spread + beta[:, :, None]
         quadratic = square / beta - (spread / (beta[:, :, None] * total) * along**2).sum(2)
-        # (D − r) log β is the same in all components
+        # (D − r) log β is equal in all components
         log_weights = self.log_weights - 0.5 * (quadratic + total.log().sum(2))
         return along, log_weights.softmax(1)
 
@@ -133,7 +135,7 @@ class MixtureOfGaussians(ExactModel):
         floor, gain = self._gains(alpha, sigma)
         v_along = torch.einsum("bd,kdr->bkr", v, self.basis)
 
-        # α S / (α² S + σ²) is a gain, times σ²/α the posterior variance; α may be 0, so not divided
+        # The posterior variance is the gain times σ²/α; α may be 0, so there is no division by it
         beta = alpha**2 * self.floor + sigma**2
         floor_variance = self.floor * sigma**2 / beta
         variances = (self.variances + self.floor) * sigma[:, :, None] ** 2
@@ -141,7 +143,7 @@ class MixtureOfGaussians(ExactModel):
         inside = weights[:, :, None] * (variances - floor_variance[:, :, None]) * v_along
         within = floor_variance * v + torch.einsum("bkr,kdr->bd", inside, self.basis)
 
-        means_v = (  # m_k·v but for a term that is the same for all k
+        means_v = (  # m_k·v without a term that is equal for all k
             (1 - floor * alpha) * (v @ self.means.T)
             + ((gain - floor[:, :, None]) * along * v_along).sum(2)
         )

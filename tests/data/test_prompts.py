@@ -346,7 +346,7 @@ def test_a_runs_own_prompts_come_first(tmp_path):
     (tmp_path / "run/prompts.jsonl").write_text(made.to_jsonl())
     assert prompts.find_texts(images) == prompts.find_texts(images, {}) == ["x", "y"]
     refused(
-        r"^prompts: images=.* were made from those in .*prompts\.jsonl",
+        r"^prompts: images=.* were made from the prompts in .*prompts\.jsonl",
         prompts.find_texts,
         images,
         given,

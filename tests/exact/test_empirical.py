@@ -145,7 +145,7 @@ def test_cifar10():
 
 
 def test_cifar10_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"^count=50001: from 1 to 50000$"):
+    with pytest.raises(UserError, match=r"^count=50001: expected from 1 to 50000$"):
         Empirical.cifar10(count=50_001)
     with pytest.raises(UserError, match=f"^model.network.path={tmp_path}: CIFAR-10 is not in"):
         Empirical.cifar10(path=tmp_path)
@@ -154,9 +154,13 @@ def test_cifar10_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        (torch.zeros(0, 3, 4, 4), {}, r"^images=\(0, 3, 4, 4\): \(N, C, H, W\)"),
-        (torch.zeros(5, 3, 4), {}, r"^images=\(5, 3, 4\): \(N, C, H, W\)"),
-        (torch.zeros(5, 3, 4, 4, dtype=torch.int64), {}, "^images=torch.int64: uint8 or floating"),
+        (torch.zeros(0, 3, 4, 4), {}, r"^images=\(0, 3, 4, 4\): expected \(N, C, H, W\)"),
+        (torch.zeros(5, 3, 4), {}, r"^images=\(5, 3, 4\): expected \(N, C, H, W\)"),
+        (
+            torch.zeros(5, 3, 4, 4, dtype=torch.int64),
+            {},
+            "^images=torch.int64: expected uint8 or floating",
+        ),
         (
             torch.zeros(5, 3, 4, 4),
             {"block_size": 0},

@@ -185,9 +185,9 @@ def test_zero_terminal_snr(problem):
 @pytest.mark.parametrize("t", [-1, 999.5, float("nan")])
 def test_timesteps_outside_the_schedule(problem, t):
     x = torch.zeros(1, *SHAPE)
-    with pytest.raises(UserError, match=r"^timestep=.*: from 0 to 999$"):
+    with pytest.raises(UserError, match=r"^timestep=.*: expected from 0 to 999$"):
         problem.make()(x, t)
-    with pytest.raises(UserError, match=r"^timestep=.*: above 0 and at most 1000$"):
+    with pytest.raises(UserError, match=r"^timestep=.*: expected above 0 and at most 1000$"):
         problem.make(scheduler=FlowMatchEulerDiscreteScheduler())(x, 1000.5 if t > 0 else t)
 
 
@@ -196,9 +196,9 @@ def test_other_bad_input(problem):
         problem.make(prediction_type="epsilom")
     with pytest.raises(UserError, match=r"^scheduler=IPNDMScheduler: "):
         problem.make(scheduler=IPNDMScheduler())
-    with pytest.raises(UserError, match=r"^sample=\(1, 3, 3, 4\): its shape is \(B, 2, 3, 4\)"):
+    with pytest.raises(UserError, match=r"^sample=\(1, 3, 3, 4\): expected \(B, 2, 3, 4\)"):
         problem.make()(torch.zeros(1, 3, 3, 4), 0)
-    with pytest.raises(UserError, match=r"^timestep=\(2,\): one, or one per sample, 3"):
+    with pytest.raises(UserError, match=r"^timestep=\(2,\): expected one, or one for each of 3"):
         problem.make()(torch.zeros(3, *SHAPE), torch.tensor([1, 2]))
 
 

@@ -72,7 +72,7 @@ def test_random_has_the_spectrum_it_is_asked_for():
 
 
 def test_bad_input():
-    with pytest.raises(UserError, match=r"^variances=\(24,\): 24 numbers, none below 0"):
+    with pytest.raises(UserError, match=r"^variances=\(24,\): expected 24 numbers >= 0"):
         Gaussian(torch.zeros(SHAPE), -torch.ones(24))
-    with pytest.raises(UserError, match=r"^basis=\(24, 3\): a 24 x 24 matrix"):
+    with pytest.raises(UserError, match=r"^basis=\(24, 3\): expected a 24 x 24 matrix"):
         Gaussian(torch.zeros(SHAPE), torch.ones(24), torch.ones(24, 3))

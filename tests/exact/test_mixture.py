@@ -59,8 +59,11 @@ def test_random():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": torch.tensor([1.0, -1.0])}, r"^weights=\[1.0, -1.0\]: 2 numbers above 0"),
-        ({"factors": torch.ones(2, 3, 1)}, r"^factors=\(2, 3, 1\): \(2, 24, r\)"),
+        (
+            {"weights": torch.tensor([1.0, -1.0])},
+            r"^weights=\[1.0, -1.0\]: expected 2 numbers above 0",
+        ),
+        ({"factors": torch.ones(2, 3, 1)}, r"^factors=\(2, 3, 1\): expected \(2, 24, r\)"),
         ({"floor": -1.0}, "^floor=-1.0: expected a variance"),
     ],
 )

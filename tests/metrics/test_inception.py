@@ -326,7 +326,9 @@ def test_references_that_are_none(data, tmp_path, home):
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert FID(tmp_path / "theirs.npz", weights).reference.size is None
     for cls, name in ((KID, "kid"), (PrecisionRecall, "precision_recall")):
-        message = rf"^metrics\.{name}\.reference=.*theirs\.npz: holds mean and covariance, .*images"
+        message = (
+            rf"^metrics\.{name}\.reference=.*theirs\.npz: has only mean and covariance, .*images"
+        )
         one_line(lambda cls=cls: cls(tmp_path / "theirs.npz", weights), message)
     np.savez(tmp_path / "other.npz", mu=np.zeros(768), sigma=np.eye(768))
     message = r"^metrics\.fid\.reference=other\.npz: statistics of 768 features; InceptionV3 has 2"
