@@ -21,23 +21,23 @@ from lml.report.labels import CALIBRATIONS, DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, name, order, row_of, varying
 
-OTHERS = 12  # rows of other settings than those with a style are drawn if they are no more
-MARKERS = "vD*p^hXP"  # of those settings, a marker each
+OTHERS = 12  # the most rows of settings without a style that are drawn
+MARKERS = "vD*p^hXP"  # one for each setting without a style
 STYLES = {OFF: ("--", "o"), PUBLISHED: (":", "x"), DEFAULT: ("-", "s")}
 STYLES |= dict(zip(CALIBRATIONS, [("-.", "^"), ("-.", "v")], strict=True))
 TAB20 = matplotlib.colormaps["tab20"].colors
-COLORS = TAB20[::2] + TAB20[1::2]  # matplotlib's ten, and a lighter one of each
+COLORS = TAB20[::2] + TAB20[1::2]  # matplotlib's ten colours, and a lighter one of each
 STRIP_IMAGES = 8
 LEGEND = {"fontsize": 7, "handlelength": 4, "loc": "outside right upper"}
 LEGEND_LINE = 0.15  # inches
-LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
+LARGEST = 128  # pixels; a strip shrinks larger images to this size and doubles the others
 LIMIT = 0.5  # the change where a map's colours end
 
 
 def encode(drawn: Figure) -> dict[str, bytes]:
-    """The figure as PNG and SVG, the same bytes whenever it is drawn."""
+    """The figure as PNG and SVG, with the same bytes each time."""
     made = {}
-    # else matplotlib puts random names and the date into an SVG
+    # otherwise matplotlib puts random names and the date into an SVG
     with matplotlib.rc_context({"svg.hashsalt": "lml"}):
         for suffix, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
             drawn.savefig(buffer := io.BytesIO(), format=suffix, dpi=drawn.dpi, metadata=metadata)
@@ -46,9 +46,9 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 
 def worth_drawing(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a reader can tell apart: LML as the presets have it, and a few others.
+    """The rows that a reader can tell apart: the presets of LML, and a few other settings.
 
-    None where the others are too many and nothing but the base would be left.
+    It is empty if there are too many other settings and only the base would be left.
     """
     known = [row for row in rows if row.lml in STYLES]
     settings = {row.lml for row in rows} - set(STYLES)
@@ -60,7 +60,7 @@ def worth_drawing(rows: Sequence[Row]) -> list[Row]:
 def curves(table: Table) -> Figure | None:
     """Quality against evaluations: dashed without LML, solid at its default.
 
-    None with less than two numbers of evaluations, and where LML's settings are too many to draw.
+    None for fewer than two numbers of evaluations, or for too many settings of LML.
     """
     known = {
         row: {nfe: entry for nfe, entry in sorted(entries.items()) if math.isfinite(entry.mean)}
@@ -74,7 +74,7 @@ def curves(table: Table) -> Figure | None:
     size = (2.5 + 4.5 * len(groups), max(4.5, LEGEND_LINE * len(known)))
     drawn = Figure(figsize=size, dpi=150, layout="constrained")
     panels = drawn.subplots(1, len(groups), squeeze=False)[0]
-    # a colour a solver, or, of one solver, a setting
+    # one colour for each solver or, with one solver, for each setting
     parts = slice(1, 3) if len({row[1:3] for row in known}) > 1 else slice(1, None)
     hues = list(dict.fromkeys(row[parts] for row in known))
     others = sorted({row.lml for row in known} - set(STYLES))
@@ -113,9 +113,9 @@ def _title(group: Group, groups: Sequence[Group]) -> str:
 
 
 def steps(table: Table, results: Sequence[Result]) -> Figure | None:
-    """What the metric is step by step, as the mean over seeds: a panel a number of evaluations.
+    """The metric at each step, as the mean over seeds, with a panel for each number of evaluations.
 
-    None for a metric that does not say.
+    None for a metric without values at each step.
     """
     panels = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -130,7 +130,7 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
     axes = drawn.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for (nfe, panel), ax in zip(sorted(panels.items()), axes, strict=True):
         for k, row in enumerate(rows):
-            # null, where a step has no number, is nan
+            # null, for a step without a number, becomes nan
             runs = [np.array(run["value"], dtype=float) for run in panel.get(row, [])]
             if runs:
                 label = ", ".join([*describe(row.group, keys), name(row)])
@@ -153,17 +153,17 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
 
 
 def maps(table: Table, results: Sequence[Result]) -> Figure | None:
-    """The metric by damping and rank: a row a setting otherwise, a column a number of evaluations.
+    """The metric by damping and rank, in a grid of maps.
 
-    Its colours are the change to the base where that was run, blue for better. None where not both
-    of damping and rank vary.
+    Rows are the other settings, columns the numbers of evaluations. Colours show the change to the
+    base, if that was run; blue is better. None unless both damping and rank vary.
     """
     panels = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for result in results:
         lml = json.loads(result.lml)
         if result.metric != table.metric or not lml["rank"]:
             continue
-        if not isinstance(lml["damping"], (int, float)):  # the default's, or one a step
+        if not isinstance(lml["damping"], (int, float)):  # the default, or a list
             continue
         place = lml.pop("rank"), lml.pop("damping")
         key = (row_of(result)._replace(lml=OFF), json.dumps(lml, sort_keys=True))
@@ -174,7 +174,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     panels = {key: panels[key] for key in keys}
     if not panels:
         return None
-    ranks, dampings = set(), defaultdict(set)  # of dampings those of the number of evaluations
+    ranks, dampings = set(), defaultdict(set)  # dampings by the number of evaluations
     for panel in panels.values():
         for nfe, values in panel.items():
             ranks |= {rank for rank, _ in values}
@@ -224,7 +224,7 @@ def _map(
         picture[i, k] = entry.mean if gain is None else gain
         text = f"{entry.mean:.3g}" + ("" if gain is None else f"\n{100 * gain:+.0f} %")
         axes.text(k, i, text, ha="center", va="center", fontsize=6)
-    # light colours, which black numbers can be read on
+    # light colours, on which black numbers can be read
     colors = "cividis" if not relative else "RdBu" if higher else "RdBu_r"
     colors = matplotlib.colormaps[colors].with_extremes(bad="0.8")
     if relative:
@@ -238,16 +238,16 @@ def _map(
 
 
 def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
-    """The same noise at every setting, by the name of the file: a row a setting.
+    """Images from the same noise, one row for each setting; returns figures by file name.
 
-    The first images of the runs under `runs` that still have them and are of the lowest seed that
-    most settings were run with.
+    They are the first images of the runs under `runs` that still have them, with the lowest of the
+    seeds that most settings share.
     """
-    settings = defaultdict(lambda: defaultdict(dict))  # model and evaluations, seed, row: run
+    settings = defaultdict(lambda: defaultdict(dict))  # by model and evaluations, seed, row: run
     for result in results:
         if (runs / result.run / "images").is_dir():
             row = row_of(result)
-            # what tells metrics apart tells no images apart
+            # images do not depend on the metric
             row = row._replace(group=row.group._replace(protocol=""))
             settings[row.group, result.nfe][result.seed][row] = result.run
     groups = list(dict.fromkeys(group for group, _ in settings))
@@ -266,7 +266,7 @@ def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
 
 
 def _images(folder: Path) -> np.ndarray | None:
-    """The first images side by side, (H, W, 3); None where they cannot be read."""
+    """The first images side by side, (H, W, 3); None if they cannot be read."""
     files = sorted(file for file in folder.glob("*.png"))[:STRIP_IMAGES]
     try:
         images = [_resized(Image.fromarray(read(file).permute(1, 2, 0).numpy())) for file in files]
@@ -285,7 +285,7 @@ def _resized(image: Image.Image) -> np.ndarray:
 
 
 def strip(pictures: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Labelled pictures (H, W, 3) under one another, a pixel of theirs a pixel of the PNG."""
+    """Labelled pictures (H, W, 3) under one another, each pixel one pixel of the PNG."""
     dpi, head = 100, 20
     margin = 10 + 6 * max(map(len, pictures))
     width = margin + max(picture.shape[1] for picture in pictures.values())
