@@ -18,7 +18,7 @@ sample test lint benchmark: install
 endif
 
 sample:
-	$(PYTHON) scripts/sample.py
+	$(PYTHON) scripts/sample.py lml=calibrated
 
 test: export OMP_NUM_THREADS ?= 1
 test: lint

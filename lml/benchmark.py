@@ -101,11 +101,11 @@ def correction_time(shape: Sequence[int], ranks: Sequence[int], repeats: int) ->
     rows = []
     for rank in ranks:
         ratios = _ratios(seconds[rank], seconds["copy"])
-        goal = "<= 25" if rank == 2 else ""
+        goal = "<= 12" if rank == 2 else ""
         rows.append(_row(f"correction at rank {rank} / copy of {size}", ratios, goal))
     for rank in ranks:
         ratios = _ratios(seconds[rank], seconds["step"])
-        goal = "<= 0.5" if rank == 2 else ""
+        goal = "<= 0.33" if rank == 2 else ""
         rows.append(_row(f"correction at rank {rank} / step of DPM-Solver++(3M)", ratios, goal))
     return rows
 

@@ -1,11 +1,11 @@
 """The formula of `lml.correction` in arithmetic that holds, for any finite input.
 
-Few products of tensors are needed: the inner products of g and its anchors, and a weighted sum of
-them, d = [U g] [-y 1]^T. The r x r system for y, between the two, is solved in float64, by
-Cholesky's factors. For most samples float32 is enough for the rest. But anchors that are nearly
-parallel to g or to one another leave d as a small difference of large numbers, unless the damping
-is as large as they are. So the rounding of every sample is estimated, and a sample with too much of
-it is done again: in float64, brought into its range, with a floor under the damping.
+It takes the inner products of g and its anchors, solves the r x r system for y in float64, by
+Cholesky's factors, and adds up d = g - U y. For most samples float32 is enough for the tensors. But
+anchors that are nearly parallel to g or to one another leave d as a small difference of large
+numbers, unless the damping is as large as they are. So the rounding of each sample is bounded, and
+a sample with too much of it is done again: in float64, scaled by powers of two so that no square
+overflows, with a floor under the damping.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 2**17  # numbers of a vector that are taken at a time where memory is needed for them
-SMALLEST = 1e-24  # |u|^2 and |g|^2 with which float32 loses no digits
+BLOCK = 2**17  # numbers of a vector in a block of samples: what needs memory is done in blocks
+SMALLEST = 1e-24  # |u|^2 and |g|^2: below it products underflow in float32
 ROUNDING = 100.0  # in float32's epsilons, relative to |d|: more than that is done in float64
 FLOOR = 500  # in float64's epsilons of |u|^2: a smaller damping drowns in the rounding of U^T U
 
@@ -36,12 +36,13 @@ def correct(
         damping: lambda > 0; with `is_relative` in units of mean |u|^2.
         norm_preserving: scale d to the norm of g.
     """
-    options = (damping, is_relative, norm_preserving)
+    ceiling = torch.finfo(_wide(direction)).max ** 0.8  # a larger damping changes nothing
+    options = (min(damping, ceiling), is_relative, norm_preserving)
     largest = torch.finfo(direction.dtype).max
     dtype = torch.promote_types(direction.dtype, torch.float32)
     vectors = [v.flatten(1).to(dtype) for v in (*anchors, direction)]
     corrected = torch.empty_like(direction)
-    out = corrected.flatten(1).to(dtype)  # the same memory, or of another layout or type
+    out = corrected.flatten(1).to(dtype)  # a view, unless layout or type differ
 
     tracked = torch.is_grad_enabled() and any(v.requires_grad for v in vectors)
     if tracked or dtype == torch.float64:
@@ -65,19 +66,19 @@ def _in_float32(
 ) -> Tensor:
     """Write g' to `out` (B, D); `vectors` are the anchors and g. Returns the samples to do again.
 
-    Takes no other memory of the size of a vector.
+    `out` also holds the products on the way: no other memory of its size is needed.
     """
     r = len(vectors) - 1
     gram = _inner_products(vectors, out).to(_wide(out))
     squares = gram.diagonal(dim1=1, dim2=2)
-    U2, g2 = squares[:, :r].sum(1, keepdim=True), squares[:, r:]  # of the norms
+    U2, g2 = squares[:, :r].sum(1, keepdim=True), squares[:, r:]  # |U|^2 and |g|^2
     lam = damping / r * U2 if is_relative else torch.full_like(U2, damping)
     y = _solve(gram, lam)
     d2 = g2 - (y * (lam * y + gram[:, :r, r])).sum(1, keepdim=True)  # as U^T d is lambda y
     stretch = (g2 / d2).sqrt()
 
-    # |(lambda I + U^T U)^-1 U^T| is at most 1 / (2 sqrt(lambda)): so |U| |y| is at most
-    # |g| |U| / (2 sqrt(lambda)), and errors of U^T U and U^T g reach d by the same factor.
+    # |(lambda I + U^T U)^-1 U^T| is at most 1 / (2 sqrt(lambda)): by |U| times that, |U| |y| is
+    # longer than |g|, and errors of U^T U and U^T g are longer in d.
     rounding = (1 + (U2 / lam).sqrt() / 2) ** 2 * stretch  # NaN where a square overflows
     enough = (rounding < ROUNDING) & (g2 < largest**2) & (squares > SMALLEST).all(1, keepdim=True)
     _weighted_sum(vectors, y, stretch if norm_preserving else torch.ones_like(stretch), out)
@@ -95,19 +96,17 @@ def _in_float64(
     largest: float,
     tracked: bool,
 ) -> Tensor:
-    """g' of a few samples (b, D), without a number above `largest`; gradients flow if `tracked`."""
+    """g' of a few samples (b, D), no number of it above `largest`; gradients flow if `tracked`."""
     size_U, size_g = _power_of_two(vectors[:-1]), _power_of_two(vectors[-1:])
     vectors = [*(u / size_U for u in vectors[:-1]), vectors[-1] / size_g]
     out = None if tracked else torch.empty_like(vectors[-1])
     gram = _inner_products(vectors, out)
-    squares = gram.diagonal(dim1=1, dim2=2)[:, :-1]
-
     limits = torch.finfo(gram.dtype)
-    ceiling = limits.max**0.8  # a larger damping changes nothing
-    lam = min(damping, ceiling) * (squares.mean(1, keepdim=True) if is_relative else size_U**-2)
+    anchor_squares = gram.diagonal(dim1=1, dim2=2)[:, :-1]
+    lam = damping * (anchor_squares.mean(1, keepdim=True) if is_relative else size_U**-2)
     # for each anchor its own, as a small one has smaller errors, too
-    lam = torch.maximum(lam, FLOOR * limits.eps * squares)
-    lam = torch.where(lam > 0, lam, 1.0).clamp(max=ceiling)
+    lam = torch.maximum(lam, FLOOR * limits.eps * anchor_squares)
+    lam = torch.where(lam > 0, lam, 1.0).clamp(max=limits.max**0.8)
 
     d = _weighted_sum(vectors, _solve(gram, lam), torch.ones_like(size_g), out)
     norm_d = _norm(d)

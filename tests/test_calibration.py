@@ -385,6 +385,7 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
         (["solver.step.eta=1.0"], "adds noise"),
         (["solver=dpmsolverpp", "solver.scheduler.algorithm_type=sde-dpmsolver++"], "adds noise"),
         (["solver=euler", "grid=default", "+solver.step.s_churn=1.0"], "adds noise"),
+        (["solver=euler_ancestral", "grid=default"], "adds noise"),
         (
             [
                 "model=gaussian_flow",

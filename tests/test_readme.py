@@ -16,13 +16,20 @@ from lml.configs import CONFIGS
 from lml.data.assets import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").glob("**/README.md"))]
+STUDY = ROOT / "experiments/calibrated_cifar10"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").glob("**/README.md")),
+]
 COMMAND = re.compile(r"python scripts/(\w+)\.py([^`#]*)")
 SOLVERS = {
     "DDIM": ("ddim", "default"),
     "DPM-Solver++(3M)": ("dpmsolverpp", "default"),
     "UniPC-3": ("unipc", "default"),
     "iPNDM-4": ("ipndm", "default"),
+    "DEIS-3": ("deis", "default"),
     "DPM-Solver++(3M), Karras": ("dpmsolverpp", "karras"),
 }
 
@@ -37,6 +44,12 @@ def commands(page: Path) -> list[tuple[str, ...]]:
     lines += [" ".join(quoted.split()) for quoted in re.findall(r"`([^`]+)`", prose)]
     found = [match for line in lines if (match := COMMAND.search(line))]
     return [(match[1], *shlex.split(match[2])) for match in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_every_link_on_a_page_leads_to_a_file(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
@@ -57,8 +70,8 @@ def test_every_command_on_a_page_composes(page):
                 compose(script, list(cell))
 
 
-def test_the_readme_names_every_option_of_the_groups_in_its_table():
-    text = README.read_text()
+def test_the_docs_name_every_option_of_the_groups():
+    text = (ROOT / "docs/running.md").read_text()
     for group in ("model", "solver", "grid", "prompts", "protocol", "sweep", "metrics"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", text, re.M)
         options = {file.stem for file in (CONFIGS / group).glob("*.yaml")} - {"none"}
@@ -83,46 +96,53 @@ def study(name: str, metric: str) -> dict[tuple[str, str, str], dict[str, str]]:
     return {(row["solver"], row["grid"], row["LML"]): row for row in rows}
 
 
-def shown(number: int) -> list[tuple[tuple[str, str], str, dict[str, str]]]:
-    """Solver and grid, LML and the numbers by evaluations, of one of the README's tables."""
-    found = [table for table in tables(README) if table[0][0] == "solver"]
-    header, _, *rows = found[number]
-    rows = [dict(zip(header, row, strict=True)) for row in rows]
-    return [
-        (SOLVERS[row.pop("solver")], {"off": "off"}.get(row.pop("LML", ""), "default"), row)
-        for row in rows
-    ]
+def number_and_change(cell: str) -> tuple[float, str]:
+    """Of a cell such as "0.2026 ± 0.0008 (-17.8 ± 0.2 %)": 0.2026 and "-17.8 %", or ""."""
+    change = re.search(r"\(([+-][\d.]+)", cell)
+    return float(cell.split()[0].strip("*")), f"{change[1]} %" if change else ""
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_studies():
-    theirs = study("table1_cifar10", "fd_cifar")
-    for solver, lml, cells in shown(0):
-        assert cells == {nfe: theirs[(*solver, lml)][nfe] for nfe in cells}
-    theirs = study("table1_cifar10", "fd_cifar_matched")
-    for solver, _, cells in shown(1):
-        row = {nfe: theirs[(*solver, "default")][nfe] for nfe in cells}
-        assert cells == {nfe: re.search(r"\((.+)\)", cell)[1] for nfe, cell in row.items()}
-    theirs = study("exact_cifar10", "convergence_rmse")
-    for (solver, _), lml, cells in shown(2):
-        assert cells == {nfe: theirs[solver, "trailing", lml][nfe] for nfe in cells}
-
-
-def test_the_calibrated_numbers_of_the_readme_are_those_of_the_study():
-    (table,) = [table for table in tables(README) if table[0][0] == "5 evaluations"]
-    names = {**SOLVERS, "DEIS-3": ("deis", "default")}
+@pytest.mark.parametrize("nfe", ["5", "10"])
+def test_what_lml_is_worth_is_what_the_study_found(nfe):
+    (table,) = [t for t in tables(README) if t[0][0] == f"{nfe} evaluations"]
     studies = [study("calibrated_cifar10", metric) for metric in ("convergence_rmse", "fd_cifar")]
-    for name, grid, *cells in table[2:]:
-        rows = [(names[name][0], grid, lml) for lml in ("off", "default", "calibrated")]
-        assert cells == [known[row]["5"] for known in studies for row in rows]
+    for name, *cells in table[2:]:
+        cells = [cell.strip("*") for cell in cells]
+        for known, digits, mine in zip(studies, (4, 2), (cells[:3], cells[3:]), strict=True):
+            off, *changes = (
+                number_and_change(known[(*SOLVERS[name], lml)][nfe])
+                for lml in ("off", "default", "calibrated")
+            )
+            assert mine == [f"{off[0]:.{digits}f}", *(change for _, change in changes)]
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "experiments/calibrated_cifar10/README.md"])
+def test_the_best_with_and_without_are_those_of_the_study(page):
+    (table,) = [t for t in tables(page) if t[0][0] == "evaluations"]
+    best = {
+        metric: {row[0]: row for row in tables(STUDY / f"{metric}.md")[1][2:]}
+        for metric in ("convergence_rmse", "fd_cifar", "fd_cifar_matched")
+    }
+    for nfe, *cells in table[2:]:
+        for metric, digits, (off, on, change) in (
+            ("convergence_rmse", 4, cells[:3]),
+            ("fd_cifar", 1, cells[3:6]),
+        ):
+            _, theirs_off, theirs_on, theirs = best[metric][nfe]
+            for mine, other in ((off, theirs_off), (on, theirs_on)):
+                assert re.match(r"[\d.]+", mine)[0] == f"{float(other.split()[0]):.{digits}f}"
+            assert change == f"{float(theirs.strip('*').split()[0]):+.0f} %"
+        theirs = best["fd_cifar_matched"][nfe][3]
+        assert cells[6] == f"{float(theirs.strip('*').split()[0]):+.0f} %"
 
 
 def test_the_changes_with_more_images_are_those_of_its_results():
     (table,) = tables(ROOT / "experiments/count_cifar10/README.md")
-    plain, matched = (study("count_cifar10", m) for m in ("fd_cifar", "fd_cifar_matched"))
+    counts, first = study("count_cifar10", "fd_cifar"), study("table1_cifar10", "fd_cifar")
     for solver, *cells in table[2:]:
-        rows = [known[(*SOLVERS[solver], "default")] for known in (plain, matched)]
-        theirs = [row[nfe] for row in rows for nfe in ("5", "10")]
-        assert cells == [re.search(r"\((.+)\)", cell)[1] for cell in theirs]
+        rows = [known[(*SOLVERS[solver], "default")] for known in (counts, first)]
+        theirs = [number_and_change(row[nfe])[1] for row in rows for nfe in ("5", "10")]
+        assert cells == theirs
 
 
 def test_the_best_of_the_search_are_those_of_its_results():

@@ -11,7 +11,6 @@ not evaluated again for the same inputs.
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from lml.correction import LMLCorrection
 from lml.processes import gather, rank_and_world
+from lml.schedulers import LMLSchedulerMixin
 
 SMALLEST = 1e-3  # a smaller c counts as 0
 STARTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # c of all steps to start from, beside the default's
@@ -82,16 +82,9 @@ class Choice:
 OFF = Choice(0)
 
 
-def adds_noise(scheduler: SchedulerMixin, step_options: Mapping[str, Any]) -> bool:
+def adds_noise(scheduler: LMLSchedulerMixin, step_options: Mapping[str, Any]) -> bool:
     """Whether the scheduler adds noise. Then no fine solution has the same noise."""
-    known = inspect.signature(type(scheduler)).parameters
-    own = {key: value for key, value in scheduler.config.items() if key in known}
-    return bool(
-        step_options.get("eta")
-        or step_options.get("s_churn")
-        or str(own.get("algorithm_type")).startswith("sde")
-        or own.get("stochastic_sampling")
-    )
+    return bool(scheduler.adds_noise or step_options.get("eta") or step_options.get("s_churn"))
 
 
 @dataclass

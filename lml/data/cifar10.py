@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lml.data.assets import ROOT
+from lml.data.assets import find_workplace
 from lml.data.images import open_image
 from lml.errors import UserError
 from lml.files import open_regular
@@ -34,7 +34,8 @@ def _sheet(path: Path) -> np.ndarray:
 
 def find_folder(path: str | Path | None = None) -> Path | None:
     """The folder that holds CIFAR-10 (`path`, or the first of `SEARCHED`), or None."""
-    for folder in [Path(path)] if path is not None else [ROOT / p for p in SEARCHED]:
+    searched = [find_workplace() / place for place in SEARCHED]
+    for folder in [Path(path)] if path is not None else searched:
         if (folder / "data_batch_1.png").is_file() or (folder / "cifar-10-batches-py").is_dir():
             return folder
     return None
@@ -60,7 +61,7 @@ def load(
     elif folder is not None or download:
         from torchvision.datasets import CIFAR10
 
-        root = folder or Path(path or ROOT / SEARCHED[0])
+        root = folder or Path(path or find_workplace() / SEARCHED[0])
         try:
             dataset = CIFAR10(root, train=split == "train", download=download)
         except (RuntimeError, OSError) as error:

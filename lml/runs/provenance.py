@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from lml import __version__
@@ -38,6 +39,8 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            return None  # somebody else's repository around an installed lml
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -51,6 +51,10 @@ class LMLDPMSolverMultistepScheduler(LMLSchedulerMixin, diffusers.DPMSolverMulti
     targets = ("prediction", "increment")
 
     @property
+    def adds_noise(self) -> bool:
+        return self.config.algorithm_type.startswith("sde")
+
+    @property
     def damping_of(self) -> str:
         return "multistep in x0" if self.config.algorithm_type.endswith("++") else "plain"
 
@@ -140,6 +144,15 @@ class LMLEulerDiscreteScheduler(LMLSchedulerMixin, diffusers.EulerDiscreteSchedu
         return sample, 1.0
 
 
+class LMLEulerAncestralDiscreteScheduler(
+    LMLSchedulerMixin, diffusers.EulerAncestralDiscreteScheduler
+):
+    """Euler's method in sigma with new noise at each step (ancestral sampling), with LML."""
+
+    convergence_order = 1
+    adds_noise = True
+
+
 class LMLHeunDiscreteScheduler(LMLSchedulerMixin, diffusers.HeunDiscreteScheduler):
     """Heun's method in sigma (arXiv 2206.00364) with LML, at each of its two evaluations."""
 
@@ -154,6 +167,10 @@ class LMLFlowMatchEulerDiscreteScheduler(
 
     convergence_order = 1
     targets = ("prediction", "increment")
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.config.stochastic_sampling
 
     def _check_target(self, target):
         super()._check_target(target)

@@ -188,7 +188,7 @@ def test_order(name, options, order):
     assert slope(errors) == pytest.approx(order, abs=TOLERANCE), errors
 
 
-def adds_noise(scheduler: SchedulerMixin) -> bool:
+def is_seen_to_add_noise(scheduler: SchedulerMixin) -> bool:
     """Whether a step depends on the generator that it is given."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return False
@@ -202,12 +202,23 @@ def adds_noise(scheduler: SchedulerMixin) -> bool:
     return not torch.equal(*results)
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *((cls, {}) for cls in CLASSES),
+        (schedulers.LMLDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (schedulers.LMLFlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    ],
+)
+def test_a_solver_says_whether_it_adds_noise(cls, options):
+    scheduler = cls(**options)
+    assert scheduler.adds_noise == is_seen_to_add_noise(scheduler)
+
+
 def test_every_solver_is_measured_and_knows_whether_it_is_of_first_order():
     """All but those that add noise, which follow no flow. The default damping goes by the order."""
-    sde = schedulers.LMLDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
-    assert adds_noise(sde)
     for cls in CLASSES:
-        if adds_noise(cls()):
+        if cls().adds_noise is True:
             continue
         orders = [
             order for name, _, order in SOLVERS.values() if cls.__name__ == f"LML{name}Scheduler"
