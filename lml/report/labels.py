@@ -20,7 +20,7 @@ CALIBRATIONS = (CALIBRATED, f"{CALIBRATED} (features)")  # by the objective
 
 PRESETS = (DEFAULT, PUBLISHED)
 
-# What people call them. Figures say these names; tables say those of the configs, which are typed.
+# The usual names, for figures. Tables have the names of the configs, which users type.
 
 SOLVERS = {
     "ddim": "DDIM",
@@ -175,7 +175,7 @@ def version_of(label: str) -> tuple[str, str]:
 
 
 def metric_name(metric: str) -> str:
-    """ "FD-CIFAR" for fd_cifar; of a metric that is not known, its own name in words."""
+    """ "FD-CIFAR" for fd_cifar; an unknown metric's own name in words."""
     return METRICS.get(metric, metric.replace("/", ", ").replace("_", " "))
 
 
@@ -185,9 +185,9 @@ def grid_name(grid: str) -> str:
 
 
 def solver_name(label: str) -> str:
-    """ "DPM-Solver++(2M)" for what `solver_label` says, here "dpmsolverpp, solver_order=2"."""
+    """ "DPM-Solver++(2M)" for the `solver_label` "dpmsolverpp, solver_order=2"."""
     name, *changes = label.split(", ")
-    # the class of another version of this project is no setting
+    # an older version of this project may have had another class, which is no setting
     changes = [change for change in changes if not change.startswith("_target_=")]
     known = SOLVERS.get(name, name)
     if "{order}" in known:
@@ -200,7 +200,7 @@ def solver_name(label: str) -> str:
 
 
 def lml_name(label: str) -> str:
-    """What `lml_label` says, in words: "rank 3, damping 16"."""
+    """An `lml_label` in words: "rank 3, damping 16"."""
     return _words(label.replace("norm_preserving=False", "norm not preserved"))
 
 
