@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: a wheel holds the repository's configs, assets and scripts, too."""
+"""Adds the repository's configs, assets and scripts to a wheel, which setup.cfg cannot do."""
 
 import shutil
 from pathlib import Path

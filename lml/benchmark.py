@@ -1,7 +1,7 @@
-"""How fast and how lean the project is, as ratios that are each measured within one run.
+"""Measures speed and memory of the project, as ratios that are each measured within one run.
 
-Both sides of a ratio take turns, a few milliseconds or one batch at a time, and the median of the
-turns' ratios is what counts: so a busy machine disturbs both alike.
+Both sides of a ratio take turns, for a few milliseconds or one batch each. The result is the median
+of the ratios of all turns. So other work on the machine disturbs both sides alike.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lml.runs.sample import run
 from lml.runs.solver import make_scheduler
 from lml.schedulers import OPTIONS
 
-SETTINGS = {  # of a run: how it is named here, and the arguments that make it
+SETTINGS = {  # settings of a run: the name in the table, and the arguments
     "float32": ["dtype=float32"],
     "bfloat16": ["dtype=bfloat16"],
     "compiled": ["dtype=bfloat16", "compile=true"],
@@ -56,7 +56,7 @@ SPEED_GOALS = {"float32": 1.0, "bfloat16": 1.3, "compiled": 1.7}
 
 @dataclass
 class Row:
-    """One line of the table. `goal` is a bound: "<= 4" or ">= 1.3", or empty."""
+    """One line of the table. `goal` is a bound such as "<= 4" or ">= 1.3", or empty."""
 
     measured: str
     value: float
@@ -76,10 +76,10 @@ class Row:
 
 
 def correction_time(shape: Sequence[int], ranks: Sequence[int], repeats: int) -> list[Row]:
-    """One call of the correction, all its anchors there, over a copy and over a solver's step.
+    """The time of one call of the correction with all its anchors, over a copy and a solver's step.
 
-    The copy is of a float32 tensor of `shape` into memory that is there already; the step is one of
-    diffusers' DPM-Solver++(3M) at full order. All on one thread.
+    The copy is of a float32 tensor of `shape` into allocated memory. The step is one of diffusers'
+    DPM-Solver++(3M) at full order. All run on one thread.
     """
     with threads(1):
         directions = [torch.randn(*shape) for _ in range(max(ranks) + 2)]
@@ -111,7 +111,7 @@ def correction_time(shape: Sequence[int], ranks: Sequence[int], repeats: int) ->
 
 
 def _full_order_steps(shape: Sequence[int]) -> Iterator[float]:
-    """Seconds of one step after the other, of those that are of order 3."""
+    """The seconds of steps of order 3, one after the other."""
     scheduler = DPMSolverMultistepScheduler(solver_order=3, prediction_type="v_prediction")
     sample, outputs = torch.randn(*shape), [torch.randn(*shape) for _ in range(4)]
     while True:
@@ -124,7 +124,7 @@ def _full_order_steps(shape: Sequence[int]) -> Iterator[float]:
 
 
 def correction_memory(shape: Sequence[int], ranks: Sequence[int]) -> list[Row]:
-    """Peak memory of a whole trajectory, anchors and the corrected direction included."""
+    """Peak memory of a whole trajectory, with the anchors and the corrected direction."""
     rows = []
     with threads(1):
         for rank in ranks:
@@ -142,11 +142,11 @@ def correction_memory(shape: Sequence[int], ranks: Sequence[int]) -> list[Row]:
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU allocator handed out during `function` and held at a time.
+    """The most bytes that torch's CPU allocator held at a time during `function`.
 
-    Counts every allocation, those inside an operation too, as the profiler saw it.
+    It counts every allocation in the profiler, also those inside an operation.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +160,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
             held[event["Addr"]] = event["Bytes"]
             total += event["Bytes"]
         else:
-            total -= held.pop(event["Addr"], 0)  # 0 for what was there before
+            total -= held.pop(event["Addr"], 0)  # 0 for memory from before
         peak = max(peak, total)
     return peak
 
@@ -169,7 +169,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 
 class TakingTurns(Observer):
-    """Lets `other(indices)` make the same images after every batch of a run, and times both.
+    """After every batch of a run, `other(indices)` makes the same images. Measures both times.
 
     The run's batch ends when its images are on the disk.
     """
@@ -196,7 +196,7 @@ class TakingTurns(Observer):
 
 
 class Quiet(Observer):
-    """Says nothing."""
+    """Prints nothing."""
 
     def say(self, line: str) -> None:
         pass
@@ -205,11 +205,11 @@ class Quiet(Observer):
 def run_speed(
     settings: str, batches: int, model: DictConfig, arguments: Sequence[str]
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Images/s of a DDIM run over those of diffusers' DDIMPipeline in float32, as it comes.
+    """Images/s of a DDIM run over those of diffusers' DDIMPipeline in float32, as it is.
 
-    Same weights, noise, steps, batch size and threads; the run stores its images, the pipeline
-    hands over arrays. The first batch, which warms up, is left out. Also the largest difference of
-    the images, in 1/255, and, without a goal, both speeds.
+    Weights, noise, steps, batch size and threads are the same. The run stores its images; the
+    pipeline returns arrays. The first batch is a warm-up and does not count. Further rows are the
+    largest difference between the images, in 1/255, and, without a goal, both speeds.
     """
     arguments = [*arguments, "solver=ddim", "lml=off", "metrics=none", *SETTINGS[settings]]
     with run_config(model, arguments) as config:
@@ -232,7 +232,7 @@ def run_speed(
 
 
 def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
-    """DDIMPipeline on a run's checkpoint; makes the images of `indices`, (B, H, W, C) in [0, 1]."""
+    """DDIMPipeline with a run's weights: makes the images of `indices`, (B, H, W, C) in [0, 1]."""
     config = OmegaConf.to_container(config, resolve=True)
     model = pixel.find_pixel_model(config["model"])
     device = find_device(config["device"])
@@ -254,11 +254,11 @@ def ddim_pipeline(config: DictConfig) -> Callable[[range], np.ndarray]:
 
 
 def pipeline_overhead(batches: int) -> list[Row]:
-    """Our sampling of each tiny random pipeline over diffusers' own loop.
+    """The time of our sampling of each tiny random pipeline over that of diffusers' own loop.
 
-    Same networks, LML scheduler, prompts, noise and steps; both hand over tensors.
+    Networks, LML scheduler, prompts, noise and steps are the same. Both return tensors.
     """
-    from lml.pipelines import tiny  # needs transformers, which no other part does
+    from lml.pipelines import tiny  # only this part needs transformers
 
     rows, prompts, seeds = [], ["a cat", "a dog"], [0, 1]
     with tempfile.TemporaryDirectory() as folder:
@@ -290,11 +290,11 @@ def pipeline_overhead(batches: int) -> list[Row]:
 
 
 def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -> list[Row]:
-    """The share of its time that a run with LML spends outside the network, from timing.json."""
+    """The share of time outside the network in a run with LML, from timing.json."""
     rows = []
     for settings, options in SETTINGS.items():
         if settings == "compiled":
-            continue  # to compile would count as network
+            continue  # the time to compile would count as the network's
         with run_config(model, [*arguments, "metrics=none", *options]) as config:
             config.num_images = config.batch_size * batches
             timing = read_object(run(config, Quiet()) / "timing.json", schema.Timing)
@@ -310,7 +310,7 @@ def outside_network(batches: int, model: DictConfig, arguments: Sequence[str]) -
 def fd_change(
     settings: str, num_images: int, model: DictConfig, arguments: Sequence[str]
 ) -> list[Row]:
-    """By how much FD-CIFAR differs from that of a float32 run, in %."""
+    """The difference of FD-CIFAR to that of a float32 run, in %."""
     values = {}
     for name in ("float32", settings):
         options = [*arguments, "solver=ddim", "lml=off", "metrics=[fd_cifar]", *SETTINGS[name]]
@@ -325,7 +325,7 @@ def fd_change(
 
 @contextmanager
 def run_config(model: DictConfig | None, arguments: Sequence[str]) -> Iterator[DictConfig]:
-    """scripts/sample.py's configuration with these arguments, a model, and a folder of its own."""
+    """The config of scripts/sample.py with these arguments, a model, and a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*arguments, f"run_dir={folder}/run", "progress=false"]
         config = compose(*arguments, config="sample")
@@ -336,7 +336,7 @@ def run_config(model: DictConfig | None, arguments: Sequence[str]) -> Iterator[D
 
 # --- the evaluators ------------------------------------------------------------------------------
 
-FLAGS = {  # of torch-fidelity's calculate_metrics, and how it names what evaluate calls by name
+FLAGS = {  # by our name: the flag of torch-fidelity's calculate_metrics, and its names of values
     "fid": ("fid", {None: "frechet_inception_distance"}),
     "kid": ("kid", {k: f"kernel_inception_distance_{k}" for k in ("mean", "std")}),
     "inception_score": ("isc", {k: f"inception_score_{k}" for k in ("mean", "std")}),
@@ -346,14 +346,14 @@ FLAGS = {  # of torch-fidelity's calculate_metrics, and how it names what evalua
 
 class _Untrained(FeatureExtractorInceptionV3):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Of an empty file there is nothing to load."""
+        """Load nothing: the file is empty."""
 
 
 def random_inception(path: Path, images: Tensor) -> None:
     """Write random weights of torch-fidelity's Inception to `path`, in the published format.
 
-    Features and logits of images like uint8 `images` (B, 3, H, W) come out at a trained network's
-    scale and differ from image to image.
+    For images like uint8 `images` (B, 3, H, W), features and logits have the scale of a trained
+    network and differ from image to image.
     """
     torch.save({}, path)
     with torch.random.fork_rng():
@@ -363,7 +363,7 @@ def random_inception(path: Path, images: Tensor) -> None:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)
             if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = None  # the mean of what it has seen
+                layer.momentum = None  # the mean over all batches
         nn.init.normal_(network.fc.weight, std=0.1)
     with torch.no_grad():
         network.train()(images)
@@ -371,7 +371,7 @@ def random_inception(path: Path, images: Tensor) -> None:
 
 
 def fidelity(names: Sequence[str], weights: Path, **options: Any) -> dict[str, Any]:
-    """What torch-fidelity's calculate_metrics gives for these metrics, called as in configs."""
+    """torch-fidelity's values of these metrics, by the names in our configs."""
     values = torch_fidelity.calculate_metrics(
         **{FLAGS[name][0]: True for name in names},
         feature_extractor="inception-v3-compat",
@@ -388,7 +388,7 @@ def fidelity(names: Sequence[str], weights: Path, **options: Any) -> dict[str, A
 
 
 def _draw_images(folder: Path, sets: Mapping[str, int]) -> None:
-    """Smooth random 32x32 images: so many in each of the folders of these names."""
+    """Write smooth random 32x32 images. `sets` are the names of folders and their counts."""
     generator = torch.Generator().manual_seed(0)
     for seed, (name, count) in enumerate(sets.items()):
         coarse = torch.rand(count, 3, 4 + seed, 4 + seed, generator=generator)
@@ -399,10 +399,11 @@ def _draw_images(folder: Path, sets: Mapping[str, int]) -> None:
 
 
 def evaluator_speed(num_images: int, turns: int) -> list[Row]:
-    """Images/s of FID, and of the four in one run, over torch-fidelity's, a run each.
+    """Images/s of FID, and of four metrics in one run, over torch-fidelity's with a run for each.
 
-    Whole evaluations of a folder of 32x32 images, with random weights; both sides have the
-    statistics of the reference in their caches. Also the largest relative difference of the values.
+    These are whole evaluations of a folder of 32x32 images with random weights. Both sides have the
+    reference's statistics in their caches. A further row is the largest relative difference of the
+    values.
     """
     with tempfile.TemporaryDirectory() as folder:
         folder, hub = Path(folder), torch.hub.get_dir()
@@ -433,7 +434,7 @@ def evaluator_speed(num_images: int, turns: int) -> list[Row]:
             return {name: value for run in runs for name, value in run.items()}
 
         try:
-            torch.hub.set_dir(str(folder / "hub"))  # where the references are kept
+            torch.hub.set_dir(str(folder / "hub"))  # the cache of references
             ours(FLAGS, "few")
             theirs(["fid", "kid"], "few")
             rows = []
@@ -459,7 +460,7 @@ def evaluator_speed(num_images: int, turns: int) -> list[Row]:
 
 
 def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
-    """The largest relative difference of the metrics' values; spreads, which may be 0, left out."""
+    """The largest relative difference of the metrics' values, without spreads, which may be 0."""
     worst = 0.0
     for name, theirs_ in theirs.items():
         pairs = [(ours[name], theirs_)]
@@ -473,14 +474,14 @@ def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> fl
 
 
 def benchmark(cfg: DictConfig) -> list[Row]:
-    """Measure the parts that `cfg` (configs/benchmark.yaml) names; prints and returns the table."""
+    """Measure the parts in `cfg` (configs/benchmark.yaml); prints and returns the table."""
     schema.check(OmegaConf.to_container(cfg, resolve=True), schema.Benchmark)
     if cfg.out is not None:
         check_output(cfg.out, "out")
         if not os.access(folder := Path(cfg.out).absolute().parent, os.W_OK):
             raise UserError(f"out={cfg.out}: {folder} cannot be written to; give out=FILE")
         if Path(cfg.out).exists() and not read_json(Path(cfg.out)).keys() >= {"machine", "rows"}:
-            raise UserError(f"out={cfg.out}: not a file of this script's; choose another")
+            raise UserError(f"out={cfg.out}: not a file of this script; choose another")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     load = os.getloadavg()[0]
@@ -516,7 +517,7 @@ def benchmark(cfg: DictConfig) -> list[Row]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The machine and the versions that the numbers depend on."""
     try:
         info = Path("/proc/cpuinfo").read_text().split("model name")[1]
         processor = info.split(":", 1)[1].splitlines()[0].strip()

@@ -1,4 +1,4 @@
-"""Images in the layouts that other people's tools read."""
+"""Exports images in the layouts of other people's tools."""
 
 from __future__ import annotations
 
@@ -33,25 +33,27 @@ NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
 def export(cfg: DictConfig) -> str:
-    """Do what configs/export.yaml asks for, and return what there is to say of it."""
+    """Make the export of `cfg` (configs/export.yaml); returns a line about the result."""
     config = OmegaConf.to_container(cfg, resolve=True)
     run_dir, out = config["run_dir"], Path(config["out"])
     check_output(out, "out")
     layout = make(config["layout"], "layout")
     if (run_dir is None) == (not config["prompts"]):
-        raise UserError(f"run_dir={run_dir}: expected either a run or prompts=NAME")
+        raise UserError(f"run_dir={run_dir}: expected either a run or prompts=NAME, not both")
     if run_dir is None:
         prompts = load(config["prompts"])
     else:
         read_config(run_dir)
         if not (Path(run_dir) / FILE).is_file():
-            raise UserError(f"run_dir={run_dir}: has no {FILE}; its images weren't made from any")
+            raise UserError(
+                f"run_dir={run_dir}: has no {FILE}; its images were made without prompts"
+            )
         prompts = read_prompts(Path(run_dir) / FILE)
     try:
         return layout.export(prompts, run_dir and Path(run_dir), out)
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename})"
-        raise UserError(f"out={out}: {reason}; the same command goes on") from None
+        raise UserError(f"out={out}: {reason}; the same command continues") from None
 
 
 # --- T2I-CompBench -----------------------------------------------------------------------------
@@ -61,20 +63,20 @@ def export(cfg: DictConfig) -> str:
 class T2ICompBench:
     """OUT/`model`/CATEGORY/`sampler`/samples/{prompt}_{index:06d}.png of a run.
 
-    The evaluators of T2I-CompBench (arXiv 2307.06350; BLIP-VQA, UniDet, CLIPScore, 3-in-1) are
-    given a folder that holds `samples`. They read the prompt back as the name up to the first "_",
-    and sort by what is after it; so an index counts the images of a category, those of one prompt
-    together, and the names hold what `name_of` makes of a prompt. Images are linked, not copied,
-    where the file system can.
+    The evaluators of T2I-CompBench (arXiv 2307.06350; BLIP-VQA, UniDet, CLIPScore, 3-in-1) take a
+    folder that holds `samples`. They read the prompt from the file name, up to the first "_", and
+    sort by the rest. So the index counts the images of a category, with those of one prompt
+    together, and `name_of` makes the name from the prompt. Images are linked, or copied if the file
+    system has no links.
     """
 
     model: str | None = None
     sampler: str | None = None
 
     def export(self, prompts: PromptSet, run_dir: Path | None, out: Path) -> str:
-        """Link the images of the run; those that are there already stay."""
+        """Link the images of the run; existing ones stay."""
         if run_dir is None:
-            raise UserError("run_dir=null: layout=t2i_compbench takes the images of a run")
+            raise UserError("run_dir=null: layout=t2i_compbench needs a run")
         manifest = read_json(run_dir / "manifest.json")
         if not manifest.get("complete"):
             raise UserError(f"run_dir={run_dir}: not complete; finish the run")
@@ -104,7 +106,9 @@ class T2ICompBench:
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(folder.iterdir()):
                 if file not in targets:
-                    raise UserError(f"{file}: not of this run, and would be scored; move it away")
+                    raise UserError(
+                        f"{file}: not of this run, but it would be scored; move it away"
+                    )
         for target, image in tqdm(targets.items(), unit="image", disable=None):
             _place(run_dir / "images" / image, target, hashes[image])
         line = f"{len(targets)} images in {out / model / '*' / sampler / 'samples'}"
@@ -115,11 +119,11 @@ class T2ICompBench:
 
 
 def name_of(prompt: str, index: int) -> tuple[str, bool]:
-    """An image's file name, and whether the benchmark's evaluators will read the whole prompt.
+    """An image's file name, and whether it holds the whole prompt for the benchmark's evaluators.
 
-    "_" would end the prompt and "/" cannot be in a name: both become spaces, as control characters
-    do. A name longer than `NAME_MAX` bytes is cut after a word. The benchmark's own script fails on
-    all of these; none of its prompts has them.
+    "_" would end the prompt, and "/" cannot be in a name. Both become spaces, like control
+    characters. A name longer than `NAME_MAX` bytes is cut after a word. The benchmark's own script
+    fails for all of these, but none of its prompts has them.
     """
     end = f"_{index:06d}.png"
     text = re.sub(r"[/_\x00-\x1f\x7f]+", " ", prompt).strip()
@@ -132,7 +136,7 @@ def name_of(prompt: str, index: int) -> tuple[str, bool]:
 
 
 def _check_names(run_dir: Path, hashes: Any, prompts: PromptSet) -> Mapping[str, Any]:
-    """`hashes` of a manifest, by image. UserError for a name or number that leads elsewhere."""
+    """The `hashes` of a manifest, by image. UserError for a name that leads out of its folder."""
     if not isinstance(hashes, dict) or len(hashes) != len(prompts):
         count = len(hashes) if isinstance(hashes, dict) else "no"
         raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
@@ -146,7 +150,7 @@ def _check_names(run_dir: Path, hashes: Any, prompts: PromptSet) -> Mapping[str,
 
 
 def _name_sampler(config: dict) -> str:
-    """Solver, evaluations, and LML as tables call it; a hash of it where that is too long."""
+    """Solver, evaluations, and LML's label in tables, or its hash if the label is too long."""
     solver = plain_name(config["solver"]["name"], "solver.name")
     lml = canonical(config["lml"])
     label = lml_label(lml, solver, config["nfe"])
@@ -159,13 +163,13 @@ def _name_sampler(config: dict) -> str:
 
 
 def _place(image: Path, target: Path, sha256: str) -> None:
-    """Link or copy a file, at once or not at all.
+    """Link or copy a file, completely or not at all.
 
-    UserError when something else is there, and unless the image is the one that the run stored.
+    UserError if another file is there, or if the image is not the one that the run stored.
     """
     try:
         whole = file_hash(image) == sha256
-    except OSError:  # not there, or no file
+    except OSError:  # missing, or no file
         whole = False
     if not whole:
         raise UserError(f"{image}: not the image of manifest.json; finish the run again")
@@ -178,7 +182,7 @@ def _place(image: Path, target: Path, sha256: str) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        # beside the folder: all that is in it is scored
+        # outside the folder, since every file in it is scored
         apart = target.parent.parent
         with replacing(target, apart=apart) as copy, open_regular(image) as original:
             shutil.copyfileobj(original, copy)
@@ -189,12 +193,12 @@ def _place(image: Path, target: Path, sha256: str) -> None:
 
 @dataclass
 class CocoReference:
-    """The images of val2014 (in the folder `images`) that prompts of `coco14_30k` are captions of.
+    """The images of val2014 (in the folder `images`) whose captions are the prompts `coco14_30k`.
 
-    Each is cropped to the square in its middle, from ((W - s) // 2, (H - s) // 2) with s the
-    shorter side, and resized to `size` by Pillow's Lanczos filter (antialiased; smaller ones are
-    enlarged), as in EDM's dataset_tool (arXiv 2206.00364); grey becomes RGB; PNG. reference.json
-    beside them says so.
+    Each image is cropped to the square in its middle, from ((W - s) // 2, (H - s) // 2) with s the
+    shorter side, and resized to `size` with Pillow's Lanczos filter (antialiased; smaller images
+    are enlarged), as in EDM's dataset_tool (arXiv 2206.00364). Grey becomes RGB. The format is PNG.
+    reference.json beside them records this.
     """
 
     images: str
@@ -204,7 +208,9 @@ class CocoReference:
         """Write the images that are missing."""
         check_whole(self.size, "layout.size")
         if "file_name" not in prompts.entries[0]:
-            raise UserError(f"prompts={prompts.source}: layout=coco_reference takes coco14_30k")
+            raise UserError(
+                f"prompts={prompts.source}: layout=coco_reference needs prompts=coco14_30k"
+            )
         names = [
             plain_name(entry.get("file_name"), f"prompts={prompts.source}: file_name")
             for entry in prompts.entries

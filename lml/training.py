@@ -1,7 +1,7 @@
 """Trains the embedded CIFAR-10 denoiser and the feature network behind FD-CIFAR.
 
-Both go through `fit`, which owns what they share: the budget, the learning rate, the moving
-average, the log, the curve, and a checkpoint from which a later sitting goes on.
+Both use `fit` for what they share: the budget, the learning rate, the moving average, the log, the
+curve, and a checkpoint from which an interrupted training continues.
 """
 
 from __future__ import annotations
@@ -45,30 +45,32 @@ from lml.pipelines import pixel
 from lml.schema import find_problem
 
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
-Report = Callable[[nn.Module], Any]  # is given the model with its averaged weights
+Report = Callable[[nn.Module], Any]  # is called with the model with its averaged weights
 
 
 class Budget(schema.Budget):
-    """How much and how to train, and how fast at each moment."""
+    """How much and how to train, and the learning rate at each moment."""
 
     def rate(self, step: int, progress: float) -> float:
-        """Learning rate after `step` steps and a share `progress` of the images."""
+        """The learning rate after `step` steps and a share `progress` of the images."""
         fall = (1 - progress) / (1 - self.decay_from) if self.decay_from < 1 else 1.0
         return self.lr * min(1.0, (step + 1) / self.warmup, max(fall, 0.01))
 
 
 def batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-    """Endless index batches from the `start`th on; every image once an epoch, in a new order."""
+    """Endless batches of indices, from the `start`th on. Each epoch has a new order."""
     size = count // batch_size
     if size == 0:
-        raise UserError(f"budget.batch_size={batch_size}: there are {count} images")
+        raise UserError(
+            f"budget.batch_size={batch_size}: expected at most {count}, the number of images"
+        )
     for epoch in itertools.count(start // size):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
         yield from order[: size * batch_size].split(batch_size)[max(0, start - epoch * size) :]
 
 
 def choose_dtype(step: Callable[[torch.dtype], object], asked: str) -> torch.dtype:
-    """The type that `asked` names; for "auto" the one in which `step(dtype)` takes less time."""
+    """The dtype that `asked` names; for "auto", the one for which `step(dtype)` is faster."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if asked != "auto":
         return dtypes[asked]
@@ -83,7 +85,7 @@ def choose_dtype(step: Callable[[torch.dtype], object], asked: str) -> torch.dty
 
 
 class _Training:
-    """A model with its optimiser and its averaged weights, in the state that a checkpoint keeps."""
+    """A model, its optimiser and its averaged weights: the state that a checkpoint keeps."""
 
     def __init__(
         self, model: nn.Module, loss: Loss, budget: Budget, out: Path, device: torch.device
@@ -129,7 +131,7 @@ class _Training:
             ) from None
 
     def backward(self, dtype: torch.dtype, indices: Tensor, step: int) -> float:
-        """The loss of a step's batch; its gradients are set."""
+        """Compute the loss of a step's batch, and set its gradients."""
         seed = self.budget.seed + 1_000_003 * (step + 1)
         generator = torch.Generator(self.device).manual_seed(seed)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -139,15 +141,15 @@ class _Training:
         return value.item()
 
     def step(self, dtype: torch.dtype, indices: Tensor) -> float:
-        """Change the weights, and return the loss before. RunError when it is not finite."""
+        """Change the weights, and return the loss before. RunError if it is not finite."""
         rate = self.budget.rate(self.done["step"], self.done["images"] / self.budget.images)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self.backward(dtype, indices, self.done["step"])
         if not math.isfinite(loss):
             raise RunError(
-                f"budget.lr={self.budget.lr}: the loss is {loss} at step {self.done['step']}; the "
-                "last checkpoint stays; a lower one may do"
+                f"budget.lr={self.budget.lr}: the loss is {loss} at step {self.done['step']}; try "
+                "a lower rate; the last checkpoint is kept"
             )
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -157,7 +159,7 @@ class _Training:
         return loss
 
     def save(self, record: dict[str, Any], on_save: Report, report: Report) -> None:
-        """Write the checkpoint, then what `fit` says of a save; `record` is the line of the log."""
+        """Write the checkpoint, then do what `fit` says; `record` is the line of the log."""
         self.done["saves"] += 1
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "ema")}
         with replacing(self.state) as file:
@@ -177,7 +179,7 @@ class _Training:
             draw_curve(self.log, self.out / "curve.png")
 
     def summary(self, dtype: torch.dtype, losses: list[float], speed: float) -> dict[str, Any]:
-        """A line of the log, of the steps since the one before; `speed` in images a second."""
+        """A line of the log about the steps since the last line; `speed` is in images a second."""
         return {
             "images": self.done["images"],
             "minutes": round(self.done["seconds"] / 60, 2),
@@ -200,11 +202,11 @@ def fit(
 ) -> nn.Module:
     """Minimise `loss(model, indices, generator)` over `count` images until the budget is spent.
 
-    A step depends on its number and the checkpoint alone, so that a training that was stopped at
-    any moment goes on as if it had not been. At every save `out/state.pt` gets all that a later
-    call needs, `on_save(averaged model)` is called, and `out/log.jsonl` gets a line; at every
-    `budget.report_every`th, and at the last, `report(averaged model)` adds to the line and
-    `out/curve.png` is drawn. Returns the model with its averaged weights.
+    A step depends only on its number and on the checkpoint. So an interrupted training continues as
+    if there had been no interruption. A save writes the state to `out/state.pt`, calls
+    `on_save(averaged model)` and adds a line to `out/log.jsonl`. Every `budget.report_every`th save
+    and the last one also add `report(averaged model)` to the line and draw `out/curve.png`.
+    Returns the model with its averaged weights.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -236,7 +238,7 @@ def fit(
     except KeyboardInterrupt as interruption:
         interruption.args = (
             f"interrupted after {done['images']:,} of {budget.images:,} images; the same command "
-            "goes on from the last checkpoint",
+            "continues from the last checkpoint",
         )
         raise
     finally:
@@ -246,7 +248,7 @@ def fit(
 
 
 def _record(line: str) -> dict[str, float]:
-    """A line of the log; {} for one that a full disk cut short."""
+    """A line of the log as a dict; {} for a line that a full disk cut short."""
     try:
         record = load_json(line)
     except ValueError:
@@ -255,8 +257,8 @@ def _record(line: str) -> dict[str, float]:
 
 
 def draw_curve(log: Path, out: Path) -> None:
-    """A PNG of what `log` reports against images seen, a panel a quantity."""
-    from matplotlib.figure import Figure  # not at the top: training itself does without
+    """Draw the reports in `log` against images seen, one panel for each quantity, as a PNG."""
+    from matplotlib.figure import Figure  # imported here: training itself does not need it
 
     records = list(filter(None, map(_record, read_text(log).splitlines())))
     known = ("held_out_loss", "fd_cifar", "test_accuracy")
@@ -273,10 +275,11 @@ def draw_curve(log: Path, out: Path) -> None:
 
 
 def timestep_quantiles(scheduler: DDPMScheduler, uniform: float, mean: float, std: float) -> Tensor:
-    """Cumulative distribution over the T timesteps from which training draws them.
+    """Cumulative distribution over the T timesteps, from which training draws timesteps.
 
-    A mixture of the uniform one (share `uniform`, which holds the colours: they are decided at high
-    noise) and of log(sigma/alpha) ~ N(mean, std) as in EDM (arXiv 2206.00364, table 1).
+    It mixes two distributions: with share `uniform` the uniform one, which keeps the colours right,
+    since high noise decides them; and log(sigma/alpha) ~ N(mean, std) as in EDM (arXiv 2206.00364,
+    table 1).
     """
     alphas = scheduler.alphas_cumprod.double()
     log_sigma = 0.5 * torch.log((1 - alphas) / alphas)
@@ -301,8 +304,8 @@ def train_denoiser(
 ) -> UNet2DModel:
     """Train `unet` on uint8 `images` (N, C, H, W) with v-prediction (arXiv 2202.00512).
 
-    Squared error in v, so no weight blows up at either end of the schedule; timesteps are drawn in
-    strata over a batch, which takes their variance out of the loss. The images are kept on
+    The loss is the squared error in v, so that no weight diverges at either end of the schedule.
+    Timesteps are drawn in strata over a batch, so that the loss varies less. The images are kept on
     `device`.
     """
     if (kind := scheduler.config.prediction_type) != "v_prediction":
@@ -332,7 +335,7 @@ def velocity_loss(
 ) -> Tensor:
     """Mean squared error in v for uint8 `images` (B, C, H, W) at `timesteps` (B,), a scalar.
 
-    The noise is drawn where the generator is, the rest is computed where the images are.
+    The noise is drawn on the generator's device; all else is computed on the images' device.
     """
     clean = images.float() / 127.5 - 1
     noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean.device)
@@ -351,8 +354,8 @@ def held_out_loss(
 ) -> float:
     """Mean squared error in v on uint8 `images` (N, C, H, W), with the same noise on any device.
 
-    Timesteps are even over [0, T), one an image: a number to compare networks by, however they
-    were trained.
+    Timesteps are evenly spaced over [0, T), one for each image. So networks can be compared,
+    whatever their training was.
     """
     generator = torch.Generator().manual_seed(0)
     T = scheduler.config.num_train_timesteps
@@ -375,9 +378,9 @@ def train_classifier(
     report: Report = lambda model: {},
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Train `network` (its `head` on its features) with flips, shifts and smoothed labels.
+    """Train `network`, with its `head` on its features, on flips, shifts and smoothed labels.
 
-    A square of a quarter of the side is hidden in each view (Cutout, arXiv 1708.04552).
+    Each view hides a square with a quarter of the image's side (Cutout, arXiv 1708.04552).
     """
     padded = F.pad(images, (4, 4, 4, 4)).to(device)
     labels = labels.to(device)
@@ -407,7 +410,7 @@ def train_classifier(
 def sample(
     unet: UNet2DModel, scheduler: DDPMScheduler, count: int, batch_size: int = 100
 ) -> Tensor:
-    """Samples (count, C, H, W) in about [-1, 1] of 20 evaluations, always from the same noise."""
+    """Samples (count, C, H, W) in about [-1, 1], made in 20 evaluations from fixed noise."""
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
     shape = (unet.config.in_channels, *pixel.size(unet))
     parts = []
@@ -418,12 +421,12 @@ def sample(
 
 
 def half(network: ModelMixin) -> ModelMixin:
-    """A copy of `network` in half precision, as the repository keeps its weights."""
+    """A copy of `network` in half precision, like the weights in the repository."""
     return copy.deepcopy(network).half()
 
 
 def _make(cfg: DictConfig, key: str, kind: type) -> Any:
-    """What the config `key` makes. UserError unless it is a `kind`."""
+    """The object that the config `key` makes. UserError unless it is a `kind`."""
     config = OmegaConf.to_container(cfg[key], resolve=True)
     if not isinstance(made := make(config, key), kind):
         raise UserError(f"{key}._target_={config['_target_']}: expected a {kind.__name__}")
@@ -439,10 +442,10 @@ def _budget(cfg: DictConfig) -> Budget:
 
 
 def run_denoiser(cfg: DictConfig) -> None:
-    """Train the denoiser of `cfg`; `run_dir/model` is a diffusers pipeline folder at every save.
+    """Train the denoiser of `cfg`. Every save writes a diffusers pipeline to `run_dir/model`.
 
-    Reported are the held-out loss (1,000 test images) and FD-CIFAR (1,000 images, 20 evaluations
-    of DPM-Solver++(2M)); `run_dir/grids` has 64 of those images.
+    It reports the held-out loss (1,000 test images) and FD-CIFAR (1,000 images, 20 evaluations of
+    DPM-Solver++(2M)); `run_dir/grids` has 64 of those images.
     """
     images, _ = cifar10.load("train", cfg.data.path, cfg.data.download)
     test_images, _ = cifar10.load("test", cfg.data.path, cfg.data.download)
@@ -453,10 +456,10 @@ def run_denoiser(cfg: DictConfig) -> None:
     shape = tuple(images.shape[1:])
     try:
         made = unet(torch.zeros(1, *shape), torch.tensor([0])).sample.shape[1:]
-    except Exception as error:  # whatever its layers stumble on
+    except Exception as error:  # its layers may raise anything
         raise UserError(f"unet: does not take {shape} ({first_line(error)})") from None
     if made != shape:
-        raise UserError(f"unet: makes {tuple(made)} of {shape}; expected the same")
+        raise UserError(f"unet: makes {tuple(made)} of {shape}; expected the same shape")
 
     def on_save(model: UNet2DModel) -> None:
         pipeline = DDPMPipeline(half(model), scheduler)
@@ -466,7 +469,7 @@ def run_denoiser(cfg: DictConfig) -> None:
         try:
             samples = sample(model, scheduler, cfg.report_images)
         except FloatingPointError as error:
-            raise RunError(f"scheduler: no images come of it ({error})") from None
+            raise RunError(f"scheduler: cannot make images with it ({error})") from None
         (out / "grids").mkdir(exist_ok=True)
         name = f"{len(list((out / 'grids').iterdir())):04d}.png"
         save_image(samples[:64] / 2 + 0.5, out / "grids" / name, nrow=8, padding=2)
@@ -486,7 +489,7 @@ def run_denoiser(cfg: DictConfig) -> None:
 
 
 def run_features(cfg: DictConfig) -> None:
-    """Train the feature network of `cfg`: `run_dir/model`, and `run_dir/fd_cifar.npz` beside it."""
+    """Train the feature network of `cfg`. Writes `run_dir/model` and `run_dir/fd_cifar.npz`."""
     images, labels = cifar10.load("train", cfg.data.path, cfg.data.download)
     test_images, test_labels = cifar10.load("test", cfg.data.path, cfg.data.download)
     out, device = Path(cfg.run_dir), use_device(cfg.device, cfg.threads)
@@ -504,5 +507,5 @@ def run_features(cfg: DictConfig) -> None:
         network, images, labels, _budget(cfg), out, report=report, device=device
     )
     half(network).save_pretrained(out / "model")
-    # As it is read back: half precision has rounded the weights.
+    # Read back from its file, because half precision rounded the weights.
     make_reference(load_features(out / "model"), images, out / "fd_cifar.npz")

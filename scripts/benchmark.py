@@ -1,4 +1,4 @@
-"""Measure what the project promises: `python scripts/benchmark.py [parts=[...]] [key=value ...]`.
+"""Measure speed and memory: `python scripts/benchmark.py [parts=[...]] [key=value ...]`.
 
 Prints a Markdown table of ratios, each measured within one run, and writes JSON to `out=FILE`.
 """

@@ -1,8 +1,8 @@
-"""Lay images out as others expect them: `python scripts/export.py layout=NAME out=FOLDER ...`.
+"""Export images for other tools: `python scripts/export.py layout=NAME out=FOLDER ...`.
 
 `layout=t2i_compbench run_dir=FOLDER`: a run, for T2I-CompBench's own evaluators.
-`layout=coco_reference layout.images=val2014 run_dir=FOLDER`: the images that its captions are of.
-Started again, it makes what is missing.
+`layout=coco_reference layout.images=val2014 run_dir=FOLDER`: the reference images for a run's
+captions. Started again, the script makes only what is missing.
 """
 
 import sys

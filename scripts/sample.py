@@ -1,6 +1,7 @@
 """Make images: `python scripts/sample.py [experiment=NAME] [group=option ...] [key=value ...]`.
 
-With no argument: 64 images of the embedded CIFAR-10 model in 10 evaluations each, with LML, scored.
+Without arguments, it makes and scores 64 images of the embedded CIFAR-10 model, with LML, in 10
+network evaluations each.
 `--help` shows all groups and keys, `-m` sweeps over comma-separated values, and
 `torchrun --nproc-per-node N scripts/sample.py ...` shares the work between N processes.
 """
@@ -22,14 +23,14 @@ from lml.cli.main import main
 
 @main("sample", makes_runs=True)
 def sample(cfg: DictConfig) -> float | None:
-    # not at the top: a typo needs no torch to be found
+    # imported here: typing errors are found without loading torch
     from lml.runs.sample import run
     from lml.runs.sweep.objective import read_objective
     from lml.runs.tracking import Tracker
 
     with Tracker(cfg) as tracker:
         folder = run(cfg, tracker)
-    # Of a search's settings alone: nobody asks a single run which was best.
+    # Only the cells of a search have an objective; a single run has none.
     is_cell = HydraConfig.get().mode == RunMode.MULTIRUN
     return read_objective(cfg, folder) if is_cell else None
 

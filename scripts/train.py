@@ -1,6 +1,6 @@
 """Train what the repository ships: `python scripts/train.py [train=denoiser|features]`.
 
-The same command goes on from its own checkpoint; a larger `budget.images` trains longer.
+The same command continues from its own checkpoint; a larger `budget.images` trains longer.
 """
 
 import sys

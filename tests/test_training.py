@@ -122,7 +122,7 @@ def test_an_interruption_loses_what_came_after_the_last_checkpoint(train, tmp_pa
     outcome = train(*TINY_UNET, images=64)
     assert outcome.code == 128 + signal.SIGTERM
     assert outcome.err.splitlines()[-1] == (
-        "interrupted after 16 of 64 images; the same command goes on from the last checkpoint"
+        "interrupted after 16 of 64 images; the same command continues from the last checkpoint"
     )
     monkeypatch.undo()
     assert train(*TINY_UNET, images=64).code == 0

@@ -10,7 +10,7 @@ from lml.data.assets import ROOT
 
 
 def run_script() -> None:
-    """Become the script that the command is called after, with the same arguments."""
+    """Run the script that the command is named after, with the same arguments."""
     name = Path(sys.argv[0]).stem.removeprefix("lml-")
     script = ROOT / "scripts" / f"{name}.py"
     os.execv(sys.executable, [sys.executable, str(script), *sys.argv[1:]])

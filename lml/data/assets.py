@@ -1,4 +1,4 @@
-"""Where the files that come with the repository lie: in a clone, or inside an installed wheel."""
+"""Finds the files that come with the repository: in a clone, or in an installed wheel."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2]
 
 
 def locate(path: str | Path) -> Path:
-    """`path` as seen from the current folder or, if it isn't there, from the repository's root."""
-    path = Path(os.path.expanduser(path))  # Path.expanduser fails for a user who is not there
+    """`path` from the current folder or, if there is no such file, from the repository's root."""
+    path = Path(os.path.expanduser(path))  # Path.expanduser fails for an unknown user
     return path if path.exists() else ROOT / path
 
 
 def find_workplace() -> Path:
-    """Where data is kept: the root of the clone, or the current folder where there is none."""
+    """The folder for data: the root of the clone or, without a clone, the current folder."""
     return Path.cwd() if ROOT == INSTALLED else ROOT

@@ -1,4 +1,4 @@
-"""Run folders as tables and figures: mean ± standard deviation over seeds, and LML's gain."""
+"""Tables and figures of run folders: mean ± standard deviation over seeds, and LML's gain."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lml.schema import Cell
 
 
 def tabulate(cfg: DictConfig) -> Path:
-    """Write the study's results.csv and, of each metric, tables and figures; return the folder.
+    """Write the study's results.csv, and tables and figures of each metric; return the folder.
 
-    `cfg` (configs/tabulate.yaml) is the study's: its `name` is that of the folders, unless `runs`
-    or `out` say otherwise. Results of an older results.csv whose runs are no longer there are kept.
-    What could not be used is said on stderr and under the tables. UserError when there is no
-    finished run with anything to show, when the folder cannot be written to, and when it has files
-    of these names that are not a study's.
+    `cfg` (configs/tabulate.yaml) is the config of the study. Its `name` gives the two folders,
+    unless `runs` or `out` set them. Results in an older results.csv stay if their runs are gone.
+    Files that could not be used are named on stderr and under the tables. UserError if no finished
+    run has anything to show, if the folder cannot be written to, or if it has files of these names
+    that are not a study's.
     """
     runs = Path(cfg.runs or Path("outputs", str(cfg.name)))
     out = Path(cfg.out or Path("experiments", runs.name))
     check_output(out, "out")
     if not runs.is_dir() and not (out / "results.csv").is_file():
-        raise UserError(f"runs={runs}: no such folder; experiment=NAME of a study that was run")
+        raise UserError(f"runs={runs}: no such folder; use experiment=NAME of a study that was run")
     study = _read(runs, out)
     show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
     metrics = results.choose(study.known, show)
@@ -43,19 +43,19 @@ def tabulate(cfg: DictConfig) -> Path:
 
 @dataclass(frozen=True)
 class _Study:
-    """What is known of the runs in a folder."""
+    """All that is known about the runs of a study."""
 
     runs: Path
-    found: list[results.Result]  # in that folder
-    known: list[results.Result]  # and in the results.csv of an earlier time
+    found: list[results.Result]  # in the folder of runs
+    known: list[results.Result]  # these, and those of an older results.csv
     sweep: Path
     commands: list[str]
     cells: list[Cell]
-    notes: list[str]  # on what could not be used
+    notes: list[str]  # about files that could not be used
 
 
 def _read(runs: Path, out: Path) -> _Study:
-    """UserError when there is nothing to show."""
+    """Read all results. UserError if there is nothing to show."""
     results.check_kept(out / "results.csv", f"out={out}")
     notes = []
     found = results.collect(runs, notes.append)
@@ -103,13 +103,13 @@ def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
 
 
 def _write(files: Mapping[str, str | bytes], out: Path, kept: str) -> None:
-    """UserError for a folder that has files of these names, but for `kept`, and is no study's."""
+    """Write `files` to `out`. UserError if it has files of these names but no file `kept`."""
     if not (out / "results.csv").exists():
         for name in files:
             if name != kept and (out / name).exists():
                 raise UserError(
-                    f"out={out}: {name} in it is not of a study (there is no results.csv beside "
-                    "it); choose another folder"
+                    f"out={out}: {name} in it is not of a study (it has no results.csv beside it); "
+                    "choose another folder"
                 )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -27,26 +27,26 @@ from lml.report.labels import CALIBRATIONS, DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, order, row_of, varying
 
-OTHERS = 12  # rows of other settings than those with a look are drawn if they are no more
-MOST = 6  # lines of a legend
+OTHERS = 12  # the most rows of settings without a look that are drawn
+MOST = 6  # the most lines of a legend
 PANELS = 32
-WIDTH = 10.6  # inches at most: 1,590 pixels
-COLUMNS = 5  # of panels that make no table
+WIDTH = 10.6  # the most inches: 1,590 pixels
+COLUMNS = 5  # of panels that do not form a table
 DPI = 150
 STRIP_IMAGES = 8
-LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
+LARGEST = 128  # pixels; a strip shrinks larger images to this size and doubles the others
 LIMIT = 0.5  # the change where a map's colours end
 
 
 class Look(NamedTuple):
-    """Of a line: it is told by its dashes and marker, too, where it is printed in grey."""
+    """The look of a line. In grey print, its dashes and marker still tell it from others."""
 
     color: str
     linestyle: str | tuple
     marker: str
 
 
-# The colours are Okabe and Ito's, which the colour-blind can tell.
+# The colours are Okabe and Ito's, which colour-blind people can tell apart.
 LOOKS = {
     OFF: Look("#000000", "--", "o"),
     DEFAULT: Look("#0072B2", "-", "s"),
@@ -55,7 +55,7 @@ LOOKS = {
 LOOKS |= dict(
     zip(CALIBRATIONS, [Look("#D55E00", "-", "^"), Look("#009E73", "-.", "v")], strict=True)
 )
-OTHER_LOOKS = [  # of other settings, in their order
+OTHER_LOOKS = [  # for other settings, in their order
     Look("#E69F00", "-.", "D"),
     Look("#56B4E9", (0, (5, 1)), "P"),
     Look("#882255", (0, (3, 1, 1, 1, 1, 1)), "p"),
@@ -65,13 +65,13 @@ OTHER_LOOKS = [  # of other settings, in their order
 BEST = {"color": "#BBBBBB", "linewidth": 4, "solid_capstyle": "round", "zorder": 1}
 BEST_LABEL = "best of all solvers, LML off"
 THIS = "LML with the change in the title"
-Setting = str  # of LML, as the legend says it
+Setting = str  # a setting of LML, as in the legend
 
 
 def encode(drawn: Figure) -> dict[str, bytes]:
-    """The figure as PNG and SVG, the same bytes whenever it is drawn."""
+    """The figure as PNG and SVG, with the same bytes each time."""
     made = {}
-    # else matplotlib puts random names and the date into an SVG
+    # otherwise matplotlib puts random names and the date into an SVG
     with matplotlib.rc_context({"svg.hashsalt": "lml"}):
         for suffix, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
             drawn.savefig(buffer := io.BytesIO(), format=suffix, dpi=drawn.dpi, metadata=metadata)
@@ -83,7 +83,7 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 
 def _small(png: bytes) -> bytes:
-    """The same in 256 colours, a third of the bytes."""
+    """The picture in 256 colours, with a third of the bytes."""
     with Image.open(io.BytesIO(png)) as image:
         median = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=0)
     median.save(buffer := io.BytesIO(), format="png", optimize=True)
@@ -95,18 +95,18 @@ def _small(png: bytes) -> bytes:
 
 @dataclass
 class Panel:
-    """One picture of several: where it stands, what it is called, and the rows in it."""
+    """One panel of a figure: its place, its title, and the rows in it."""
 
-    line: tuple  # what panels of one line have in common
+    line: tuple  # equal for all panels in one line
     column: tuple
     title: list[str]
     rows: dict[Setting, Row] = field(default_factory=dict)
 
 
 def worth_drawing(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a reader can tell apart: LML as the presets have it, and a few others.
+    """The rows that a reader can tell apart: the presets of LML, and a few other settings.
 
-    None where the others are too many and nothing but the base would be left.
+    It is empty if there are too many other settings and only the base would be left.
     """
     known = [row for row in rows if labels.version_of(row.lml)[0] in LOOKS]
     settings = {row.lml for row in rows} - {row.lml for row in known}
@@ -116,26 +116,26 @@ def worth_drawing(rows: Sequence[Row]) -> list[Row]:
 
 
 def looks(settings: Iterable[str]) -> dict[Setting, Look]:
-    """Of each of LML's labels: the look of its preset, whatever the method's version; or a spare.
+    """The look for each of LML's labels, in the order of a legend.
 
-    In the order of a legend.
+    It is the look of its preset, for any version of the method, or one of the other looks.
     """
     known = sorted(set(settings), key=lambda label: labels.order(labels.version_of(label)[0]))
     found, spare = {}, iter(OTHER_LOOKS)
     for label in known:
         plain, _ = labels.version_of(label)
         look = LOOKS.get(plain)
-        if look is None or look in found.values():  # the preset of two versions
+        if look is None or look in found.values():  # a preset in two versions
             look = next(look for look in spare if look not in found.values())
         found[label] = look
     return found
 
 
 def _panels(rows: Sequence[Row], spare: int) -> tuple[list[Panel], dict[Setting, Look]]:
-    """A panel a solver and grid, with a line a setting; a panel a setting where these are too many.
+    """A panel for each solver and grid, with a line for each setting; and the looks of the legend.
 
-    With the looks of the legend, which leave `spare` of its lines. Without panels where even those
-    would be too many.
+    If there are too many settings, each setting has its own panel. If there are still too many,
+    there are no panels. The legend keeps `spare` lines free.
     """
     names = _names(rows)
     settings = {row.lml for row in rows}
@@ -163,9 +163,9 @@ def _panels(rows: Sequence[Row], spare: int) -> tuple[list[Panel], dict[Setting,
 
 
 def _names(rows: Iterable[Row]) -> dict[Row, list[str]]:
-    """What a solver, its grid and its group are called, by the row without LML.
+    """The names of solver, grid and group, by the row without LML.
 
-    Only where the grid has to be told from another: see `_shared_grid`.
+    The grid is named only if there are several: see `_shared_grid`.
     """
     places = list(dict.fromkeys(row._replace(lml="") for row in rows))
     keys = varying(list(dict.fromkeys(row.group for row in places)))
@@ -181,15 +181,15 @@ def _names(rows: Iterable[Row]) -> dict[Row, list[str]]:
 
 
 def _shared_grid(rows: Iterable[Row]) -> str:
-    """ ", trailing grid" where all have that and it is not the default; else nothing."""
+    """ ", trailing grid" if all rows have this grid and it is not the default; otherwise ""."""
     grids = {row.grid for row in rows}
     return f", {labels.grid_name(*grids)} grid" if len(grids) == 1 and grids != {"default"} else ""
 
 
 def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Axes]]:
-    """A figure with axes for each panel, all of one scale, and room for the legend above.
+    """A figure with axes for each panel, all with one scale, and room for the legend above.
 
-    They make a table where that is nearly full; else they follow one another.
+    The panels form a table if that is nearly full; otherwise they follow one another.
     """
     lines = list(dict.fromkeys(panel.line for panel in panels))
     columns = sorted({panel.column for panel in panels})
@@ -208,7 +208,7 @@ def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Ax
     grid = drawn.add_gridspec(down, across)
     letters = int((width - 0.8) / across / 0.068)
     in_one_line = all(len(", ".join(panel.title)) <= letters for panel in panels)
-    # numbers at every panel where some stand beside a gap: else the panels would not be even
+    # if some panels are beside a gap, all have numbers, so that all have the same size
     left = any(column and (line, column - 1) not in places for line, column in places)
     bottom = any(line < down - 1 and (line + 1, column) not in places for line, column in places)
     made: list[Axes] = []
@@ -228,7 +228,7 @@ def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Ax
 
 
 def _size(setting: Setting, factor: float = 1.0) -> dict[str, float]:
-    """Of a line. LML off is thin: it must leave what it hides to be seen."""
+    """The sizes of a line. LML off is thin, so that it does not hide other lines."""
     width, marker = (1.1, 2.5) if setting == OFF else (1.6, 4.5)
     return {"linewidth": width * factor, "markersize": marker * factor}
 
@@ -236,7 +236,7 @@ def _size(setting: Setting, factor: float = 1.0) -> dict[str, float]:
 def _finish(
     drawn: Figure, table: Table, xlabel: str, found: Mapping[Setting, Look], best: bool
 ) -> Figure:
-    """The legend and what the axes are called."""
+    """Add the legend and the names of the axes."""
     handles = {}
     for label, look in found.items():
         name = label if label == THIS else f"LML {labels.lml_name(label)}"
@@ -273,7 +273,7 @@ SUBS = [
 
 
 def _y_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic, with ticks that can be read, where the values are positive and far apart."""
+    """Make the axis logarithmic, with readable ticks, if the values are positive and far apart."""
     low, high = min(values), max(values)
     if low <= 0 or high < 1.5 * low:
         return
@@ -292,7 +292,7 @@ def _y_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _x_ticks(axes: Axes, nfes: Sequence[int], width: float) -> None:
-    """A tick at each number of evaluations; numbers where there is room, in axes `width` inches."""
+    """A tick at each number of evaluations, with a number if there is room in `width` inches."""
     axes.set_xscale("log")
     margin = (nfes[-1] / nfes[0]) ** 0.06
     axes.set_xlim(nfes[0] / margin, nfes[-1] * margin)
@@ -307,10 +307,10 @@ def _x_ticks(axes: Axes, nfes: Sequence[int], width: float) -> None:
 
 
 def curves(table: Table) -> Figure | None:
-    """Quality against evaluations: a panel a solver and grid, a line a setting of LML.
+    """Quality against evaluations: a panel for each solver and grid, a line for each LML setting.
 
-    In grey the best of all solvers without LML, of the same group. None with less than two numbers
-    of evaluations, and where LML's settings are too many to draw.
+    The grey line is the best of all solvers without LML in the same group. None for fewer than two
+    numbers of evaluations, or for too many settings of LML.
     """
     known = {
         row: {nfe: entry for nfe, entry in sorted(entries.items()) if math.isfinite(entry.mean)}
@@ -330,7 +330,7 @@ def curves(table: Table) -> Figure | None:
         (group,) = {row.group for row in panel.rows.values()}
         if group in best:
             axes.plot(list(best[group]), list(best[group].values()), **BEST)
-        # LML off above all: it is what is hidden where nothing is gained
+        # LML off is drawn last: without a gain, other lines would hide it
         for setting, look in reversed(found.items()):
             if (row := panel.rows.get(setting)) is None:
                 continue
@@ -349,7 +349,7 @@ def curves(table: Table) -> Figure | None:
 
 
 def _best_bases(table: Table, nfes: Sequence[int]) -> dict[Group, dict[int, float]]:
-    """Of each group with several solvers or grids without LML, the best mean at each number."""
+    """For each group with several solvers or grids without LML: its best means by evaluations."""
     found: dict[Group, dict[int, float]] = {}
     for group in table.groups:
         bases = [row for row in table.rows if row.group == group and row.lml == OFF]
@@ -360,13 +360,14 @@ def _best_bases(table: Table, nfes: Sequence[int]) -> dict[Group, dict[int, floa
 
 
 def steps(table: Table, results: Sequence[Result]) -> Figure | None:
-    """What the metric is step by step, as the mean over seeds.
+    """The metric at each step, as the mean over seeds.
 
-    A line of panels a solver and grid, a column a number of evaluations; where damping and rank
-    both vary, a column a rank and a line a damping. None for a metric that does not say.
+    There is a line of panels for each solver and grid, and a column for each number of evaluations.
+    If both damping and rank vary, there is a column for each rank, and a line for each damping.
+    None for a metric without values at each step.
     """
     runs = defaultdict(lambda: defaultdict(list))
-    searched = {}  # rank and damping of a row
+    searched = {}  # rank and damping by row
     for result in results:
         if result.metric == table.metric and result.steps:
             row, lml = row_of(result), json.loads(result.lml)
@@ -392,7 +393,7 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
     for axes, (nfe, panel) in zip(made, places, strict=True):
         for setting, look in reversed(found.items()):
             row = panel.rows.get(setting)
-            # null, where a step has no number, is nan
+            # null, for a step without a number, becomes nan
             curves = [np.array(run["value"], dtype=float) for run in runs[row][nfe]] if row else []
             if curves:
                 mean = np.mean(curves, axis=0)
@@ -409,7 +410,7 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
 def _step_panels(
     rows: Sequence[Row], searched: Mapping[Row, tuple[int, object]]
 ) -> tuple[list[Panel], dict[Setting, Look]]:
-    """As `_panels`; but a panel a rank and a line a damping, where rows differ in these alone."""
+    """As `_panels`, but a panel for each rank and a line for each damping if only these differ."""
     dampings = {damping for _, damping in searched.values() if isinstance(damping, (int, float))}
     places = {(row._replace(lml=""), *searched[row]): row for row in rows}
     is_search = all(rank and damping in dampings for _, rank, damping in places)
@@ -428,17 +429,17 @@ def _step_panels(
 
 
 def maps(table: Table, results: Sequence[Result]) -> Figure | None:
-    """The metric by damping and rank: a row a setting otherwise, a column a number of evaluations.
+    """The metric by damping and rank, in a grid of maps.
 
-    Its colours are the change to the base where that was run, blue for better. None where not both
-    of damping and rank vary.
+    Rows are the other settings, columns the numbers of evaluations. Colours show the change to the
+    base, if that was run; blue is better. None unless both damping and rank vary.
     """
     panels = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for result in results:
         lml = json.loads(result.lml)
         if result.metric != table.metric or not lml["rank"]:
             continue
-        if not isinstance(lml["damping"], (int, float)):  # the default's, or one a step
+        if not isinstance(lml["damping"], (int, float)):  # the default, or a list
             continue
         place = lml.pop("rank"), lml.pop("damping")
         key = (row_of(result)._replace(lml=OFF), json.dumps(lml, sort_keys=True))
@@ -449,7 +450,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     panels = {key: panels[key] for key in keys}
     if not panels:
         return None
-    ranks, dampings = set(), defaultdict(set)  # of dampings those of the number of evaluations
+    ranks, dampings = set(), defaultdict(set)  # dampings by the number of evaluations
     for panel in panels.values():
         for nfe, values in panel.items():
             ranks |= {rank for rank, _ in values}
@@ -457,7 +458,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     ranks, nfes = sorted(ranks), sorted(dampings)
     names = _names(row for row, _ in panels)
     widths = [0.6 + 0.75 * len(dampings[nfe]) for nfe in nfes]
-    if 0.6 + sum(widths) > WIDTH:  # the numbers of evaluations under one another
+    if 0.6 + sum(widths) > WIDTH:  # then one column
         widths = [max(widths)]
     down = len(panels) * len(nfes) // len(widths)
     size = (min(WIDTH, max(5.0, 0.6 + sum(widths))), 0.5 + down * (0.8 + 0.45 * len(ranks)))
@@ -508,7 +509,7 @@ def _map(
         picture[i, k] = entry.mean if gain is None else gain
         text = f"{entry.mean:.3g}" + ("" if gain is None else f"\n{100 * gain:+.0f} %")
         axes.text(k, i, text, ha="center", va="center", fontsize=7.5)
-    # light colours, which black numbers can be read on
+    # light colours, on which black numbers can be read
     colors = "cividis" if not relative else "RdBu" if higher else "RdBu_r"
     colors = matplotlib.colormaps[colors].with_extremes(bad="0.8")
     if relative:
@@ -522,16 +523,16 @@ def _map(
 
 
 def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
-    """The same noise at every setting, by the name of the file: a row a setting.
+    """Images from the same noise, one row for each setting; returns figures by file name.
 
-    The first images of the runs under `runs` that still have them and are of the lowest seed that
-    most settings were run with.
+    They are the first images of the runs under `runs` that still have them, with the lowest of the
+    seeds that most settings share.
     """
-    settings = defaultdict(lambda: defaultdict(dict))  # model and evaluations, seed, row: run
+    settings = defaultdict(lambda: defaultdict(dict))  # by model and evaluations, seed, row: run
     for result in results:
         if (runs / result.run / "images").is_dir():
             row = row_of(result)
-            # what tells metrics apart tells no images apart
+            # images do not depend on the metric
             row = row._replace(group=row.group._replace(protocol=""))
             settings[row.group, result.nfe][result.seed][row] = result.run
     groups = list(dict.fromkeys(group for group, _ in settings))
@@ -556,7 +557,7 @@ def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
 
 
 def _images(folder: Path) -> np.ndarray | None:
-    """The first images side by side, (H, W, 3); None where they cannot be read."""
+    """The first images side by side, (H, W, 3); None if they cannot be read."""
     files = sorted(file for file in folder.glob("*.png"))[:STRIP_IMAGES]
     try:
         images = [_resized(Image.fromarray(read(file).permute(1, 2, 0).numpy())) for file in files]
@@ -575,7 +576,7 @@ def _resized(image: Image.Image) -> np.ndarray:
 
 
 def strip(pictures: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Labelled pictures (H, W, 3) under one another, a pixel of theirs a pixel of the PNG."""
+    """Labelled pictures (H, W, 3) under one another, each pixel one pixel of the PNG."""
     dpi, head = 100, 20
     margin = 10 + 6 * max(map(len, pictures))
     width = margin + max(picture.shape[1] for picture in pictures.values())

@@ -1,4 +1,4 @@
-"""What a table calls a setting: by what differs from the configs that ship today."""
+"""The labels of settings in tables: their differences from the configs of today."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALIBRATIONS = (CALIBRATED, f"{CALIBRATED} (features)")  # by the objective
 
 PRESETS = (DEFAULT, PUBLISHED)
 
-# What people call them. Figures say these names; tables say those of the configs, which are typed.
+# The usual names, for figures. Tables have the names of the configs, which users type.
 
 SOLVERS = {
     "ddim": "DDIM",
@@ -93,17 +93,17 @@ METRICS = {
 
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int) -> str:
-    """ "off", a preset, "calibrated", or what differs: "rank=3, damping=16".
+    """ "off", a preset, "calibrated", or the differences: "rank=3, damping=16".
 
     `options` are those of the config group `lml`, as JSON.
     """
     ours = _plain(json.loads(options))
     if not ours.get("rank"):
         return OFF
-    # The numbers of runs from before it was kept are those of version 1.
+    # Runs older than this key are of version 1.
     version = ours.pop("method_version", 1)
     older = [] if version == METHOD_VERSION else [f"method {version}"]
-    if (name := ours.pop("name", None)) in CALIBRATIONS:  # the dampings are each run's own
+    if (name := ours.pop("name", None)) in CALIBRATIONS:  # dampings differ from run to run
         return ", ".join([name, *older])
     changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
@@ -112,20 +112,20 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
 
 
 def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
-    # what it refers to: the published target is the solver's, its damping that of the evaluations
+    # the preset refers to these: its target belongs to the solver, its damping to the evaluations
     around = {"solver": {}, **_option("solver", solver), "nfe": nfe}
     cfg = OmegaConf.create({**_option("lml", name), **around})
     return _plain(OmegaConf.to_container(cfg.lml, resolve=True))
 
 
 def _plain(lml: dict[str, Any]) -> dict[str, Any]:
-    # Runs from before there was the option do not say that it was 1.
+    # Runs older than this option do not say that it was 1.
     return {key: value for key, value in lml.items() if (key, value) != ("length", 1.0)}
 
 
 @functools.cache
 def solver_label(name: str, options: str) -> str:
-    """The solver's name, and which of its `options` (scheduler and step, as JSON) are its own."""
+    """The solver's name, and those `options` (scheduler and step, as JSON) that differ."""
     config = _option("solver", name).get("solver")
     if config is None:
         return name
@@ -136,8 +136,8 @@ def solver_label(name: str, options: str) -> str:
 
 @functools.cache
 def _option(group: str, name: str) -> dict[str, Any]:
-    """What the option adds to a config, not resolved; nothing where the group has none such."""
-    # by the names that there are: `name` may be what somebody else's run says
+    """The config of an option, not resolved; {} if the group does not have it."""
+    # only existing names are composed: `name` may come from somebody else's run
     if name not in [file.stem for file in (CONFIGS / group).glob("*.yaml")]:
         return {}
     return OmegaConf.to_container(compose(f"+{group}={name}"))
@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
 
 
 def order(label: str) -> tuple[int, str]:
-    """Sorts LML's labels: off, published, default, and the others by their numbers."""
+    """Key to sort LML's labels: off, published, default, then the others by their numbers."""
     first = [OFF, PUBLISHED, DEFAULT, *CALIBRATIONS]
     padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
     return (first.index(label) if label in first else len(first), padded)
@@ -175,7 +175,7 @@ def version_of(label: str) -> tuple[str, str]:
 
 
 def metric_name(metric: str) -> str:
-    """ "FD-CIFAR" for fd_cifar; of a metric that is not known, its own name in words."""
+    """ "FD-CIFAR" for fd_cifar; an unknown metric's own name in words."""
     return METRICS.get(metric, metric.replace("/", ", ").replace("_", " "))
 
 
@@ -185,9 +185,9 @@ def grid_name(grid: str) -> str:
 
 
 def solver_name(label: str) -> str:
-    """ "DPM-Solver++(2M)" for what `solver_label` says, here "dpmsolverpp, solver_order=2"."""
+    """ "DPM-Solver++(2M)" for the `solver_label` "dpmsolverpp, solver_order=2"."""
     name, *changes = label.split(", ")
-    # the class of another version of this project is no setting
+    # an older version of this project may have had another class, which is no setting
     changes = [change for change in changes if not change.startswith("_target_=")]
     known = SOLVERS.get(name, name)
     if "{order}" in known:
@@ -200,7 +200,7 @@ def solver_name(label: str) -> str:
 
 
 def lml_name(label: str) -> str:
-    """What `lml_label` says, in words: "rank 3, damping 16"."""
+    """An `lml_label` in words: "rank 3, damping 16"."""
     return _words(label.replace("norm_preserving=False", "norm not preserved"))
 
 

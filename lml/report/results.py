@@ -1,4 +1,4 @@
-"""What run folders say: the rows of a study's results.csv."""
+"""Reads run folders into the rows of a study's results.csv."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lml.runs.records import read_config
 from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find_problem
 from lml.seals import canonical, sealed, why_not_sealed
 
-Say = Callable[[str], None]  # what is done with a line about a file that cannot be used
+Say = Callable[[str], None]  # is called with a line about a file that cannot be used
 
 
 @dataclass(frozen=True)
 class Result:
-    """One number of one finished run, and all that a table says of it."""
+    """One number of one finished run, and all that tables need to know about it."""
 
     run: str  # name of its folder
     model: str
-    model_sha256: str  # 10 digits, of what determines the model, its weights and prompts included
+    model_sha256: str  # 10 digits, over the model's settings, its weights and the prompts
     size: str  # of the images, "32x32"
     solver: str
     solver_options: str  # JSON
@@ -41,13 +41,13 @@ class Result:
     metric: str  # "fd_cifar", "convergence/rmse", "timing/network"
     value: float
     protocol: str  # JSON
-    steps: str  # JSON: {"timestep": […], "value": […]}, where a metric says it step by step
+    steps: str  # JSON: {"timestep": […], "value": […]}, if the metric has values at each step
     warning: str
     images_per_second: float
 
 
 def is_timing(metric: str) -> bool:
-    """Whether it comes from timing.json."""
+    """Whether the metric comes from timing.json."""
     return metric.startswith("timing/")
 
 
@@ -57,7 +57,8 @@ def is_timing(metric: str) -> bool:
 def collect(folder: Path, say: Say) -> list[Result]:
     """Every number of every complete run in the folders directly under `folder`.
 
-    What cannot be read, or was edited after it was written, is left out, and `say` is told.
+    Files that cannot be read, or were edited after they were written, are left out; `say` is
+    called for each.
     """
     results = []
     for run in sorted(path.parent for path in folder.glob("*/manifest.json")):
@@ -92,7 +93,7 @@ def collect(folder: Path, say: Say) -> list[Result]:
 
 
 def _read(path: Path, say: Say, schema: Any = None) -> dict[str, Any]:
-    """The JSON object in `path`; {} without the file, and for a broken one, which is said."""
+    """The JSON object in `path`; {} if there is no file, or if it is broken (then with `say`)."""
     try:
         return read_object(path, schema)
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def _size(run: Path, num_images: int) -> str:
     try:
         with open_image(run / "images" / image_name(0, num_images)) as image:
             return f"{image.width}x{image.height}"
-    except (OSError, ValueError):  # a run's images may have been thrown away
+    except (OSError, ValueError):  # a run's images may have been deleted
         return ""
 
 
@@ -168,7 +169,7 @@ def _timing(timing: Mapping[str, Any], say: Say, path: Path) -> Iterator[dict[st
             "network": network,
             "correction": correction,
             "solver": solver,
-            "scheduler": correction + solver,  # the whole step but for the network
+            "scheduler": correction + solver,  # the whole step without the network
             "correction_share": correction / network,
             "correction_to_solver": correction / solver,
             "scheduler_share": (correction + solver) / network,
@@ -188,11 +189,11 @@ def _timing(timing: Mapping[str, Any], say: Say, path: Path) -> Iterator[dict[st
 
 
 def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
-    """The commands that make the study, and its cells, from sweep.yaml; nothing without one."""
+    """The commands that make the study, and its cells, from sweep.yaml; empty without the file."""
     if not path.exists():
         return [], []
     try:
-        # not by OmegaConf, to which the name of a run may be a number: 12345e6789
+        # OmegaConf is not used: it takes some names of runs for numbers, such as 12345e6789
         sweep = read_object(path, SweepFile)
     except UserError as error:
         reason = _reason(path, error)
@@ -207,7 +208,7 @@ def read_sweep(path: Path, say: Say) -> tuple[list[str], list[Cell]]:
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """A line a result, sealed."""
+    """One line for each result, sealed."""
     buffer = io.StringIO()
     columns = [*(field.name for field in fields(Result)), "seal"]
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -218,9 +219,9 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
-    """The rows of an older results.csv whose seals hold; `say` is told of the others.
+    """The rows of an older results.csv with valid seals; `say` is called for the others.
 
-    Not of those without a seal whose run is among those `found`: they are there anyway.
+    It is not called for a row without a seal if its run is among the `found` ones.
     """
     kinds = {"int": int, "float": float}
     columns = {field.name: kinds.get(field.type, str) for field in fields(Result)}
@@ -246,9 +247,9 @@ def from_csv(path: Path, found: Sequence[Result], say: Say) -> list[Result]:
 
 
 def check_kept(path: Path, key: str) -> None:
-    """UserError, beginning with `key`, when `path` is there and is no results.csv of any version.
+    """UserError, beginning with `key`, if `path` exists and is no results.csv of any version.
 
-    What is in it could only be lost.
+    Writing to it would destroy its content.
     """
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
@@ -262,15 +263,15 @@ def check_kept(path: Path, key: str) -> None:
 
 
 def merge(found: Sequence[Result], older: Sequence[Result], runs: Path) -> list[Result]:
-    """`found`, and those older results whose run is in no folder under `runs` any more."""
+    """`found`, and the older results whose run has no folder under `runs` any more."""
     kept = [result for result in older if not (runs / result.run).is_dir()]
     return sorted([*found, *kept], key=lambda result: (result.run, result.metric))
 
 
 def choose(results: Sequence[Result], names: Sequence[str] | None) -> list[str]:
-    """The metrics to show: `names` (or what they begin with), or all that were measured.
+    """The metrics to show: those in `names` (or that begin with one), or all that were measured.
 
-    The times are among these only if there is nothing else. UserError for a name that no run has.
+    "All" includes times only if there is nothing else. UserError for a name that no run has.
     """
     known = sorted({result.metric for result in results})
     if names is None:

@@ -20,18 +20,18 @@ from lml.report.results import Cell, Result, is_timing
 
 
 class Group(NamedTuple):
-    """What must be the same in all that is compared or averaged."""
+    """The fields that must be equal in all that is compared or averaged."""
 
     model: str
     size: str
-    weights: str  # 10 digits of their sha256, and of the model's settings and prompts
+    weights: str  # 10 digits of the sha256 over them, the model's settings and the prompts
     images: int
     dtype: str
     protocol: str  # JSON
 
 
 class Row(NamedTuple):
-    """A setting, at any number of evaluations. The names are those that are shown."""
+    """A setting, for all numbers of evaluations. The names are those that tables show."""
 
     group: Group
     solver: str
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A metric of one setting, by seed. Without values, `status` says why."""
+    """A metric of one setting, by seed. If it has no values, `status` says why."""
 
     values: Mapping[int, float]
     num_images: int  # of each seed
@@ -49,19 +49,19 @@ class Entry:
 
     @property
     def mean(self) -> float:
-        """Over the seeds; nan without any."""
+        """The mean over the seeds; nan without any."""
         return statistics.fmean(self.values.values()) if self.values else math.nan
 
     @property
     def std(self) -> float:
-        """Over the seeds; nan where nobody can say: one seed, or seeds that share noise."""
+        """The standard deviation over the seeds; nan for one seed, or if seeds share noise."""
         if len(self.values) < 2 or self.overlaps:
             return math.nan
         return statistics.stdev(self.values.values())
 
     @property
     def overlaps(self) -> bool:
-        """Whether two seeds are so near that they begin from the same noise (seed + index)."""
+        """Whether two seeds are so close that images share noise (image i has seed + i)."""
         pairs = itertools.pairwise(sorted(self.values))
         return any(b - a < self.num_images for a, b in pairs)
 
@@ -74,9 +74,9 @@ class Entry:
 
 @dataclass
 class Table:
-    """One metric: its entries by row and number of evaluations, and notes to go under them.
+    """One metric: its entries by row and number of evaluations, and the notes under the table.
 
-    Or several times at one number of evaluations: then the columns are the times.
+    A table of times is for one number of evaluations, and its columns are the times.
     """
 
     metric: str
@@ -101,25 +101,25 @@ class Table:
         return list(dict.fromkeys(row.group for row in self.rows))
 
     def base(self, row: Row, nfe: int) -> Entry | None:
-        """The entry that LML is off in, everything else being the same."""
+        """The entry with LML off and all else equal."""
         entry = self.rows.get(row._replace(lml=OFF), {}).get(nfe)
         return entry if row.lml != OFF and entry is not None and entry.values else None
 
     def beats(self, entry: Entry, other: Entry) -> bool:
-        """Whether it is better by more than both spreads together; not where a spread is nan."""
+        """Whether `entry` is better by more than both spreads together; False if one is nan."""
         gain = (entry.mean - other.mean) * (1 if self.higher else -1)
         return gain > entry.std + other.std
 
     def best(self, rows: Sequence[Row], nfe: int) -> Row | None:
-        """The one of the rows with the best mean."""
+        """The row with the best mean."""
         means = {row: self.rows[row][nfe].mean for row in rows if nfe in self.rows[row]}
         means = {row: mean for row, mean in means.items() if not math.isnan(mean)}
         return (max if self.higher else min)(means, key=means.get) if means else None
 
     def bold(self) -> set[tuple[Row, int]]:
-        """The entries that beat every other setting of their column, where there is another."""
+        """The entries that beat every other setting of their column, if there is another."""
         found = set()
-        if self.times_at is not None:  # to be the cheapest is no merit of LML off
+        if self.times_at is not None:  # LML off is always the cheapest
             return found
         for group, nfe in itertools.product(self.groups, self.columns):
             entries = {
@@ -135,11 +135,11 @@ class Table:
 
 
 def change(entry: Entry, base: Entry) -> str:
-    """By how much `entry` differs from `base`, over the seeds that both have; "" without any.
+    """The change from `base` to `entry`, over the seeds that both have; "" without any.
 
-    In per cent, or plainly if the base is not positive with every seed; "" if it is zero. With its
-    own standard deviation over these seeds, each against itself: both begin from the same noise, so
-    that what a seed does to both is no part of it.
+    It is in per cent, or a plain difference unless the base is positive for every seed; "" if the
+    base is zero. The standard deviation is that of the change at each seed: both begin from the
+    same noise, so an effect of the seed on both cancels.
     """
     seeds = sorted(entry.values.keys() & base.values.keys())
     ours, theirs = ([e.values[seed] for seed in seeds] for e in (entry, base))
@@ -158,7 +158,7 @@ def change(entry: Entry, base: Entry) -> str:
 
 
 def row_of(result: Result) -> Row:
-    """Where it belongs."""
+    """The row of a result."""
     group = Group(
         result.model,
         result.size,
@@ -172,9 +172,9 @@ def row_of(result: Result) -> Row:
 
 
 def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) -> Table:
-    """The table of one metric: the `results` that there are, the `cells` that there should be.
+    """The table of one metric, from existing `results` and from `cells`, the planned runs.
 
-    What is missing of a cell with several seeds is said in a note.
+    If only some seeds of a cell are missing, a note says so.
     """
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     runs = {}
@@ -187,7 +187,7 @@ def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) ->
     for row, columns in found.items():
         for nfe, seeds in columns.items():
             values = {seed: statistics.fmean(seeds[seed]) for seed in sorted(seeds)}
-            # a time has a spread whatever the images are
+            # a time has a spread even if images share noise
             entries[row][nfe] = Entry(values, 1 if is_timing(metric) else row.group.images)
             if any(len(several) > 1 for several in seeds.values()):
                 notes.append(
@@ -206,7 +206,7 @@ def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) ->
 
 
 def times(tables: Sequence[Table]) -> list[Table]:
-    """Tables of times as one for each number of evaluations, with a column for each time."""
+    """Joins tables of times: one for each number of evaluations, with a column for each time."""
     made = {}
     for table in tables:
         time = table.metric.removeprefix("timing/")
@@ -219,14 +219,14 @@ def times(tables: Sequence[Table]) -> list[Table]:
 
 
 def order(row: Row) -> tuple:
-    """What rows are sorted by."""
-    # "8x8" comes before "16x16", and a group of which little is known after those that have results
+    """Key to sort rows."""
+    # "8x8" comes before "16x16", and groups without results come last
     size = [int(side) for side in re.findall(r"\d+", row.group.size)]
     return (not size, row.group._replace(size=size), row.solver, row.grid, labels.order(row.lml))
 
 
 def _row_of_cell(cell: Cell, rows: Sequence[Row]) -> Row:
-    """The row that the cell would be in; its group is known if there is one that fits."""
+    """The row of a cell. Its group is that of a fitting row, if there is one."""
     known = (cell.model, cell.num_images, cell.dtype)
     groups = {r.group for r in rows if (r.group.model, r.group.images, r.group.dtype) == known}
     group = Group(cell.model, "", "", cell.num_images, cell.dtype, "")
@@ -241,7 +241,7 @@ def _status(cell: Cell) -> str:
 
 
 def _absence_notes(absent: Sequence[Cell], most: int = 5) -> Iterator[str]:
-    """What is not there, by what happened and why."""
+    """Notes on missing cells, by their status and reason."""
     kinds = defaultdict(list)
     for cell in absent:
         kinds[_status(cell), cell.reason or ""].append(" ".join(cell.overrides))
@@ -276,16 +276,16 @@ def name(row: Row) -> str:
 
 
 def varying(groups: Sequence[Group]) -> list[str]:
-    """The fields in which the groups differ, as far as they are known."""
+    """The fields in which the groups differ, ignoring unknown values."""
     values = {key: {getattr(group, key) for group in groups} for key in Group._fields}
     keys = [key for key, known in values.items() if len(known - {""}) > 1]
-    # a number that nobody reads, where the others do
+    # the hash of the weights only if the other fields do not tell the groups apart
     plain = [key for key in keys if key != "weights"]
     return plain if len({tuple(describe(g, plain)) for g in groups}) == len(set(groups)) else keys
 
 
 def describe(group: Group, keys: Sequence[str]) -> list[str]:
-    """Those fields of the group, to be read."""
+    """These fields of the group, in words."""
     known = {**group._asdict(), "protocol": ""}
     if group.protocol:
         known["protocol"] = hashlib.sha256(group.protocol.encode()).hexdigest()[:6]

@@ -14,11 +14,11 @@ from typing import Any
 from lml.report.labels import OFF
 from lml.report.tables import Group, Table, change, describe, name, varying
 
-Text = tuple[str, bool]  # of a cell, and whether it is bold
+Text = tuple[str, bool]  # a cell's text, and whether it is bold
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[Text]]]:
-    """Header and rows; the numbers are in the columns of the evaluations."""
+    """Header and rows, with a column for each number of evaluations."""
     keys, bold = varying(table.groups), table.bold()
     header = [*keys, "solver", "grid", "LML", *map(str, table.columns), "paper"]
     lines = []
@@ -110,7 +110,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _contest(table: Table) -> Iterator[list[str]]:
-    """The best with LML against the best without, by group and number of evaluations."""
+    """The best setting with LML and the best without, by group and number of evaluations."""
     keys = varying(table.groups)
     for group in table.groups:
         rows = [row for row in table.rows if row.group == group]
@@ -150,7 +150,7 @@ def latex(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """A line a setting and number of evaluations (or time)."""
+    """One line for each setting and number of evaluations (or time)."""
     buffer = io.StringIO()
     column = "nfe" if table.times_at is None else "time"
     columns = ("solver", "grid", "lml", column, "mean", "std", "seeds", "change", "status", "paper")

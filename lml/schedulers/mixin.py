@@ -68,7 +68,7 @@ class LMLSchedulerMixin:
     correction_class: type[LMLCorrection] = LMLCorrection
     convergence_order: int | None = None  # None if the option `solver_order` says it
     damping_of = "plain"  # the solver's key in `lml.damping.SOLVERS`
-    adds_noise = False  # at each step, however it is called
+    adds_noise = False  # True: adds noise at each step, whatever the arguments of `step` are
     may_diverge = False  # True: samples that are NaN or inf are a result and no error
 
     def __init_subclass__(cls, **kwargs):

@@ -713,8 +713,8 @@ def test_an_edited_config_is_neither_recorded_nor_gone_on_with(script, toy, fini
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     outcome = script("sample", *toy, "run_dir=finished")
     assert outcome.code == 2 and outcome.err == (
-        "run_dir=finished: config.yaml was edited after the run; restore it, or overwrite=true "
-        "makes the run anew\n"
+        "run_dir=finished: config.yaml was edited after the run; restore it, or use "
+        "overwrite=true to make the run anew\n"
     )
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
     (finished / "images/000002.png").unlink()  # nor when there is something to make
@@ -781,5 +781,5 @@ def test_images_of_another_size(script, toy, tmp_path):
         {"name": "cifar10", "path": "assets/cifar10", "patch": 1, "sample_size": 64}
     )
     assert pixel.size(embedded.load(torch.device("cpu"), torch.float32)) == (64, 64)
-    with pytest.raises(UserError, match=r"model\.sample_size=68: null, or a multiple of 8"):
+    with pytest.raises(UserError, match=r"model\.sample_size=68: expected null or a multiple of 8"):
         pixel.find_pixel_model({**embedded.config, "sample_size": 68})

@@ -582,7 +582,7 @@ def test_a_search_in_which_all_is_lost(script, tmp_path):
         ("sweep.objective=convergnce", "not one of the run's metrics; nearest: convergence"),
         (
             "sweep.objective=convergence/rmse sweep.final_seed=1000002",
-            "share seeds with the search's, from 1000000 on",
+            "share seeds with the search's, which start at 1000000",
         ),
         ("sweep.objective=convergence/rmse sweep.final_seed=x", "seed=x: expected a whole number"),
         ("hydra/sweeper=optuna", "a search needs an objective; add sweep=NAME"),
@@ -609,7 +609,9 @@ def test_objectives_of_metrics():
     assert objective(of("kid", "fid"), "kid") == "kid/mean"
     assert objective(of("precision_recall"), "precision_recall/recall").endswith("/recall")
     for name in ("precision_recall", "hessian"):
-        with pytest.raises(UserError, match=rf"sweep.objective=null: {name}/\w+ or {name}/"):
+        with pytest.raises(
+            UserError, match=rf"sweep.objective=null: expected {name}/\w+ or {name}/"
+        ):
             objective(of(name))
     with pytest.raises(UserError, match=r"sweep.objective=null: expected one of a, b"):
         objective({"a": {}, "b": {}})
