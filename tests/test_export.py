@@ -246,7 +246,7 @@ def test_runs_that_cannot_be_laid_out(script, run, tmp_path):
     refused(script, *ARGUMENTS, "out=dataset/color_val.txt", pattern="color_val.txt: Not a direc")
     given = ("prompts=t2i_compbench", "prompts.path=dataset", "prompts.categories=[color]")
     refused(script, *ARGUMENTS, *given, pattern="either a run or prompts=NAME")
-    refused(script, *ARGUMENTS[::2], *given, pattern="takes the images of a run")
+    refused(script, *ARGUMENTS[::2], *given, pattern="t2i_compbench needs a run")
 
     table = tmp_path / "p.txt"
     table.write_text("\n".join("abcdefghijklmnopqrstuvwx"))
@@ -442,7 +442,7 @@ def test_reference_sets_that_are_refused(script, coco, tmp_path):
     (tmp_path / "p.txt").write_text("a")
     text = ("prompts=text", "prompts.file=p.txt")
     arguments = [a for a in coco if not a.startswith("prompts")]
-    refused(script, *arguments, *text, pattern="prompts=text: layout=coco_reference takes coco14")
+    refused(script, *arguments, *text, pattern="prompts=text: layout=coco_reference needs prompts")
     *_, name = sorted(f.name for f in (tmp_path / "reference").glob("*.png"))
     image = tmp_path / "val2014" / name.replace(".png", ".jpg")
     image.write_bytes(image.read_bytes()[:100])
