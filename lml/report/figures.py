@@ -8,7 +8,7 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +27,9 @@ from lml.report.labels import CALIBRATIONS, DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, order, row_of, varying
 
-OTHERS = 12  # rows of other settings than those with a look are drawn if they are no more
+OTHERS = 12  # strips show other settings than those with a look if they are no more
 MOST = 6  # lines of a legend
-PANELS = 32
+PANELS = 15  # at most, where each has a setting of its own
 WIDTH = 10.6  # inches at most: 1,590 pixels
 COLUMNS = 5  # of panels that make no table
 DPI = 150
@@ -83,9 +83,9 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 
 def _small(png: bytes) -> bytes:
-    """The same in 256 colours, a third of the bytes."""
+    """The same in 64 colours, a third of the bytes."""
     with Image.open(io.BytesIO(png)) as image:
-        median = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=0)
+        median = image.convert("RGB").quantize(64, Image.Quantize.MEDIANCUT, dither=0)
     median.save(buffer := io.BytesIO(), format="png", optimize=True)
     return buffer.getvalue()
 
@@ -103,24 +103,13 @@ class Panel:
     rows: dict[Setting, Row] = field(default_factory=dict)
 
 
-def worth_drawing(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a reader can tell apart: LML as the presets have it, and a few others.
-
-    None where the others are too many and nothing but the base would be left.
-    """
-    known = [row for row in rows if labels.version_of(row.lml)[0] in LOOKS]
-    settings = {row.lml for row in rows} - {row.lml for row in known}
-    if len(rows) - len(known) <= OTHERS and len(settings) <= OTHERS:
-        return list(rows)
-    return known if any(row.lml != OFF for row in known) else []
-
-
 def looks(settings: Iterable[str]) -> dict[Setting, Look]:
     """Of each of LML's labels: the look of its preset, whatever the method's version; or a spare.
 
     In the order of a legend.
     """
-    known = sorted(set(settings), key=lambda label: labels.order(labels.version_of(label)[0]))
+    known = sorted(set(settings))
+    known.sort(key=lambda label: labels.order(labels.version_of(label)[0]))
     found, spare = {}, iter(OTHER_LOOKS)
     for label in known:
         plain, _ = labels.version_of(label)
@@ -134,12 +123,12 @@ def looks(settings: Iterable[str]) -> dict[Setting, Look]:
 def _panels(rows: Sequence[Row], spare: int) -> tuple[list[Panel], dict[Setting, Look]]:
     """A panel a solver and grid, with a line a setting; a panel a setting where these are too many.
 
-    With the looks of the legend, which leave `spare` of its lines. Without panels where even those
-    would be too many.
+    With the looks of the legend, which leave `spare` of its lines. If even those panels are too
+    many, then of the presets alone; without panels if that leaves nothing but the base.
     """
     names = _names(rows)
     settings = {row.lml for row in rows}
-    panels: dict[tuple, Panel] = {}
+    panels: dict[Row, Panel] = {}
     if len(settings) + spare <= MOST:
         for row in rows:
             place = row._replace(lml="")
@@ -147,19 +136,19 @@ def _panels(rows: Sequence[Row], spare: int) -> tuple[list[Panel], dict[Setting,
             panels.setdefault(place, panel).rows[row.lml] = row
         return list(panels.values()), looks(settings)
     presets = {label for label in settings if labels.version_of(label)[0] in LOOKS}
-    found = looks(presets)
-    if len(presets) + 1 + spare > MOST:
-        return [], {}
-    for row in rows:
-        if row.lml not in presets:
-            title = [*names[row._replace(lml="")], labels.lml_name(labels.version_of(row.lml)[0])]
-            place = (row[:3],), labels.order(row.lml)
-            panel = panels[row] = Panel(*place, title, {THIS: row})
-            for label in found:
-                if (preset := row._replace(lml=label)) in rows:
-                    panel.rows[label] = preset
-    found[THIS] = OTHER_LOOKS[0]
-    return list(panels.values()) if len(panels) <= PANELS else [], found
+    changed = [row for row in rows if row.lml not in presets]
+    if len(changed) > PANELS or len(presets) + 1 + spare > MOST:
+        kept = presets if changed else LOOKS
+        shown = [row for row in rows if row.lml in kept]
+        return _panels(shown, spare) if any(row.lml != OFF for row in shown) else ([], {})
+    one_version = len({labels.version_of(label)[1] for label in settings - {OFF}}) == 1
+    for row in changed:
+        setting = labels.version_of(row.lml)[0] if one_version else row.lml
+        title = [*names[row._replace(lml="")], labels.lml_name(setting)]
+        panels[row] = Panel((row[:3],), labels.order(row.lml), title, {THIS: row})
+        beside = {label: row._replace(lml=label) for label in presets}
+        panels[row].rows |= {label: other for label, other in beside.items() if other in rows}
+    return list(panels.values()), {**looks(presets), THIS: OTHER_LOOKS[0]}
 
 
 def _names(rows: Iterable[Row]) -> dict[Row, list[str]]:
@@ -200,24 +189,24 @@ def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Ax
         rows = math.ceil(len(panels) / COLUMNS)
         places = [divmod(k, math.ceil(len(panels) / rows)) for k in range(len(panels))]
     down, across = (max(place) + 1 for place in zip(*places, strict=True))
-    width = min(WIDTH, 0.8 + 2.6 * across)
-    width = max(width, 5.0)
-    size = (width, max(3.2, 1.0 + (height + 0.45) * down))
+    width = max(5.0, min(WIDTH, 0.8 + 2.6 * across))
+    letters = int((width - 0.8) / across / 0.068)
+    titles = [[", ".join(panel.title)] for panel in panels]
+    if any(len(title) > letters for (title,) in titles):
+        titles = [[panel.title[0], ", ".join(panel.title[1:])] for panel in panels]
+    titles = [[line for part in title for line in textwrap.wrap(part, letters)] for title in titles]
+    height += 0.17 + 0.14 * max(map(len, titles))
+    size = (width, max(3.2, 1.0 + height * down))
     drawn = Figure(figsize=size, dpi=DPI, layout="constrained")
     drawn.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
     grid = drawn.add_gridspec(down, across)
-    letters = int((width - 0.8) / across / 0.068)
-    in_one_line = all(len(", ".join(panel.title)) <= letters for panel in panels)
-    # numbers at every panel where some stand beside a gap: else the panels would not be even
-    left = any(column and (line, column - 1) not in places for line, column in places)
-    bottom = any(line < down - 1 and (line + 1, column) not in places for line, column in places)
+    # numbers at every panel where the edge has gaps: else the panels would not be even
+    left = any((line, 0) not in places for line in range(down))
+    bottom = any((down - 1, column) not in places for column in range(across))
     made: list[Axes] = []
-    for panel, (line, column) in zip(panels, places, strict=True):
+    for title, (line, column) in zip(titles, places, strict=True):
         first = made[0] if made else None
         axes = drawn.add_subplot(grid[line, column], sharex=first, sharey=first)
-        parts = [panel.title[0], ", ".join(panel.title[1:])]
-        parts = [", ".join(panel.title)] if in_one_line else parts
-        title = [text for part in parts for text in textwrap.wrap(part, letters)]
         axes.set_title("\n".join(title), fontsize=8.5)
         axes.tick_params(
             labelsize=8, labelbottom=bottom or line == down - 1, labelleft=left or not column
@@ -227,9 +216,18 @@ def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Ax
     return drawn, made
 
 
+THIN = (THIS, OFF)  # lie above the others, and leave them to be seen where they are the same
+
+
+def _from_below(found: Mapping[Setting, Look]) -> Iterator[tuple[Setting, Look]]:
+    """In the order of drawing."""
+    yield from ((setting, look) for setting, look in found.items() if setting not in THIN)
+    yield from ((setting, found[setting]) for setting in THIN if setting in found)
+
+
 def _size(setting: Setting, factor: float = 1.0) -> dict[str, float]:
-    """Of a line. LML off is thin: it must leave what it hides to be seen."""
-    width, marker = (1.1, 2.5) if setting == OFF else (1.6, 4.5)
+    """Of a line."""
+    width, marker = (1.1, 2.5) if setting in THIN else (1.6, 4.5)
     return {"linewidth": width * factor, "markersize": marker * factor}
 
 
@@ -243,9 +241,10 @@ def _finish(
         handles[name] = Line2D([], [], **look._asdict(), **_size(label))
     if best:
         handles[BEST_LABEL] = Line2D([], [], **BEST)
-    longest = max(len(label) for label in handles)
-    across = max(1, int(drawn.get_figwidth() / (0.7 + 0.065 * longest)))
-    across = math.ceil(len(handles) / math.ceil(len(handles) / across))
+    across = len(handles)
+    if sum(0.75 + 0.068 * len(label) for label in handles) > drawn.get_figwidth():
+        across = max(1, int(drawn.get_figwidth() / (0.75 + 0.068 * max(map(len, handles)))))
+        across = math.ceil(len(handles) / math.ceil(len(handles) / across))
     drawn.legend(
         handles.values(),
         handles,
@@ -262,6 +261,7 @@ def _finish(
     return drawn
 
 
+# Ticks within a decade, from fine to coarse.
 SUBS = [
     (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
     (1, 1.5, 2, 3, 4, 5, 7),
@@ -316,7 +316,7 @@ def curves(table: Table) -> Figure | None:
         row: {nfe: entry for nfe, entry in sorted(entries.items()) if math.isfinite(entry.mean)}
         for row, entries in table.rows.items()
     }
-    known = {row: known[row] for row in worth_drawing([row for row in known if known[row]])}
+    known = {row: entries for row, entries in known.items() if entries}
     nfes = sorted({nfe for entries in known.values() for nfe in entries})
     if len(nfes) < 2:
         return None
@@ -330,8 +330,7 @@ def curves(table: Table) -> Figure | None:
         (group,) = {row.group for row in panel.rows.values()}
         if group in best:
             axes.plot(list(best[group]), list(best[group].values()), **BEST)
-        # LML off above all: it is what is hidden where nothing is gained
-        for setting, look in reversed(found.items()):
+        for setting, look in _from_below(found):
             if (row := panel.rows.get(setting)) is None:
                 continue
             x, means, stds = zip(
@@ -339,7 +338,7 @@ def curves(table: Table) -> Figure | None:
             )
             low, high = np.subtract(means, stds), np.add(means, stds)
             axes.plot(x, means, **look._asdict(), **_size(setting))
-            axes.fill_between(x, low, high, color=look.color, alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
             values += [*means, *high, *low[(low > 0) | (np.array(means) <= 0)]]
     _y_scale(made[0], values)
     across = len({axes.get_subplotspec().colspan.start for axes in made})
@@ -384,13 +383,14 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
     if not places:
         return None
     several = [
-        Panel((p.line, p.column), (nfe,), [f"{p.title[0]}, NFE {nfe}", *p.title[1:]])
+        # a space that no line breaks at
+        Panel((p.line, p.column), (nfe,), [*p.title, f"NFE\N{NO-BREAK SPACE}{nfe}"])
         for nfe, p in places
     ]
     drawn, made = _axes(several if len(nfes) > 1 else panels, height=1.2)
     values = []
     for axes, (nfe, panel) in zip(made, places, strict=True):
-        for setting, look in reversed(found.items()):
+        for setting, look in _from_below(found):
             row = panel.rows.get(setting)
             # null, where a step has no number, is nan
             curves = [np.array(run["value"], dtype=float) for run in runs[row][nfe]] if row else []
@@ -402,7 +402,7 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
     _y_scale(made[0], values)
     made[0].invert_xaxis()  # a trajectory begins with noise
     note = "NFE: network evaluations" if len(nfes) > 1 else f"{nfes[0]} network evaluations"
-    xlabel = f"timestep ({note}{_shared_grid(rows)})"
+    xlabel = f"timestep ({note}){_shared_grid(rows)}"
     return _finish(drawn, table, xlabel, found, best=False)
 
 
@@ -415,7 +415,7 @@ def _step_panels(
     is_search = all(rank and damping in dampings for _, rank, damping in places)
     few = len({row.lml for row in rows}) <= MOST
     if few or not is_search or len(places) < len(rows) or len(dampings) > MOST:
-        return _panels(worth_drawing(rows), 0)
+        return _panels(rows, 0)
     names, panels = _names(rows), {}
     for (place, rank, damping), row in places.items():
         panel = Panel((place,), (rank,), [*names[place], f"rank {rank}"])
@@ -506,19 +506,33 @@ def _map(
             continue
         gain = entry.mean / base.mean - 1 if relative else None
         picture[i, k] = entry.mean if gain is None else gain
-        text = f"{entry.mean:.3g}" + ("" if gain is None else f"\n{100 * gain:+.0f} %")
+        text = f"{entry.mean:#.3g}".rstrip(".") + ("" if gain is None else f"\n{100 * gain:+.0f} %")
         axes.text(k, i, text, ha="center", va="center", fontsize=7.5)
     # light colours, which black numbers can be read on
     colors = "cividis" if not relative else "RdBu" if higher else "RdBu_r"
     colors = matplotlib.colormaps[colors].with_extremes(bad="0.8")
     if relative:
-        axes.imshow(picture, cmap=colors, vmin=-LIMIT, vmax=LIMIT, alpha=0.7, aspect="auto")
+        axes.imshow(picture, cmap=colors, vmin=-LIMIT, vmax=LIMIT, alpha=0.55, aspect="auto")
     else:
         axes.imshow(picture, cmap=colors, alpha=0.5, aspect="auto")
     axes.set_xticks(range(len(dampings)), [f"{damping:g}" for damping in dampings], fontsize=8.5)
     axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks], fontsize=8.5)
     axes.set_xlabel("damping", fontsize=8.5)
     axes.set_ylabel("rank", fontsize=8.5)
+
+
+# --- strips ------------------------------------------------------------------------------------
+
+
+def worth_drawing(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a reader can tell apart: LML as the presets have it, and a few others.
+
+    None where the others are too many and nothing but the base would be left.
+    """
+    known = [row for row in rows if labels.version_of(row.lml)[0] in LOOKS]
+    if len(rows) - len(known) <= OTHERS:
+        return list(rows)
+    return known if any(row.lml != OFF for row in known) else []
 
 
 def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
