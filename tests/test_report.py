@@ -270,6 +270,12 @@ def test_a_solver_is_told_by_its_options():
     name = "lml.schedulers.released.ReleasedDPMSolverMultistepScheduler"  # on top of dpmsolver
     released = options("dpmsolver").replace("lml.schedulers.LMLDPMSolverMultistepScheduler", name)
     assert labels.solver_label("dpmsolver_released", released) == "dpmsolver_released"
+    older = released.replace("lml.schedulers.released.", "lml.released.")  # where the class was
+    assert labels.solver_label("dpmsolver_released", older) == "dpmsolver_released"
+    other = released.replace("Released", "Other")
+    assert labels.solver_label("dpmsolver_released", other).startswith(
+        "dpmsolver_released, _target"
+    )
 
 
 def forget():
@@ -294,7 +300,15 @@ def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
 
 
 def test_rows_are_in_an_order_that_is_read():
-    names = ["off", "published", "default", "rank=2, damping=8", "rank=2, damping=16", "rank=10"]
+    names = [
+        "off",
+        "published",
+        "default",
+        "default, method 1",
+        "rank=2, damping=8",
+        "rank=2, damping=16",
+        "rank=10",
+    ]
     assert sorted(reversed(names), key=labels.order) == names
 
 
@@ -949,7 +963,7 @@ def test_the_name_of_a_solver_has_its_order():
     assert labels.solver_name("dpmsolverpp") == "DPM-Solver++(3M)"
     assert labels.solver_name("dpmsolverpp, solver_order=2") == "DPM-Solver++(2M)"
     assert labels.solver_name("unipc, solver_order=2, eta=1") == "UniPC-2, eta 1"
-    assert labels.solver_name("dpmsolver_released, _target_=a.B") == "DPM-Solver-3 (released)"
+    assert labels.solver_name("dpmsolver_released") == "DPM-Solver-3 (released)"
     assert labels.solver_name("of_a_plugin") == "of_a_plugin"
 
 

@@ -108,10 +108,8 @@ def looks(settings: Iterable[str]) -> dict[Setting, Look]:
 
     In the order of a legend.
     """
-    known = sorted(set(settings))
-    known.sort(key=lambda label: labels.order(labels.version_of(label)[0]))
     found, spare = {}, iter(OTHER_LOOKS)
-    for label in known:
+    for label in sorted(set(settings), key=labels.order):
         plain, _ = labels.version_of(label)
         look = LOOKS.get(plain)
         if look is None or look in found.values():  # the preset of two versions
