@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import dump_yaml, read_json, write_json
+from lml.metrics.base import class_by_name, declared
 from lml.report import figures, labels, results, tables
 from lml.report.results import Cell, Result
 from lml.report.tables import Entry
@@ -268,6 +270,12 @@ def test_a_solver_is_told_by_its_options():
     name = "lml.schedulers.released.ReleasedDPMSolverMultistepScheduler"  # on top of dpmsolver
     released = options("dpmsolver").replace("lml.schedulers.LMLDPMSolverMultistepScheduler", name)
     assert labels.solver_label("dpmsolver_released", released) == "dpmsolver_released"
+    older = released.replace("lml.schedulers.released.", "lml.released.")  # where the class was
+    assert labels.solver_label("dpmsolver_released", older) == "dpmsolver_released"
+    other = released.replace("Released", "Other")
+    assert labels.solver_label("dpmsolver_released", other).startswith(
+        "dpmsolver_released, _target"
+    )
 
 
 def forget():
@@ -292,7 +300,15 @@ def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
 
 
 def test_rows_are_in_an_order_that_is_read():
-    names = ["off", "published", "default", "rank=2, damping=8", "rank=2, damping=16", "rank=10"]
+    names = [
+        "off",
+        "published",
+        "default",
+        "default, method 1",
+        "rank=2, damping=8",
+        "rank=2, damping=16",
+        "rank=10",
+    ]
     assert sorted(reversed(names), key=labels.order) == names
 
 
@@ -738,43 +754,171 @@ def grid_of_settings():
     ]
 
 
-def test_curves_are_dashed_without_lml_and_have_error_bars():
-    given = grid_of_settings() + several("off", [1.0, 3.0], solver="heun", nfe=8)
-    drawn = figures.curves(tables.build("fd", given + several("off", [1.0], solver="heun")))
-    (axes,) = drawn.axes
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    lines = {text.get_text(): line for text, line in _legend(drawn)}
-    assert len(lines) == 5
-    for label, line in lines.items():
-        assert line.lines[0].get_linestyle() == ("--" if "LML off" in label else "-")
-    (heun,) = (line for label, line in lines.items() if label.startswith("heun"))
-    (bars,) = heun.lines[2]
-    low, high = np.array(bars.get_segments()[1])[:, 1]
-    assert (low, high) == pytest.approx((2 - math.sqrt(2), 2 + math.sqrt(2)))
+def lines_of(axes):
+    """The lines of a panel by their colours; without the grey one of the best base."""
+    return {line.get_color(): line for line in axes.lines if line.get_color() != GREY}
+
+
+def legend_of(drawn):
+    """What the legend says, and how it looks."""
+    (legend,) = drawn.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    return dict(zip(texts, legend.get_lines(), strict=True))
+
+
+GREY = figures.BEST["color"]
+OFF_COLOR, DEFAULT_COLOR = (figures.LOOKS[lml].color for lml in ("off", "default"))
+
+
+def test_a_panel_a_solver_and_grid():
+    given = grid_of_settings()
+    given += [dataclasses.replace(r, grid="karras", run=f"{r.run}k") for r in given[:2]]
+    given = [r for r in given if (r.solver, r.grid) != ("unipc", "karras")]
+    drawn = figures.curves(tables.build("fd", given))
+    titles = [axes.get_title().replace("\n", ", ") for axes in drawn.axes]
+    assert titles == ["DDIM, default grid", "DDIM, Karras", "UniPC-3"]
+    assert len(titles) == len({(r.solver, r.grid) for r in given})
+    assert {(axes.get_xscale(), axes.get_yscale()) for axes in drawn.axes} == {("log", "log")}
+    first, *others = drawn.axes
+    assert all(first.get_shared_y_axes().joined(first, axes) for axes in others)
     assert figures.curves(tables.build("fd", several("off", [1.0]))) is None
 
 
-def _legend(drawn):
-    (legend,) = drawn.legends
-    (axes,) = drawn.axes
-    return zip(legend.get_texts(), axes.containers, strict=True)
+def test_the_axes_say_what_people_say():
+    given = [with_metric(r, "fd_cifar") for r in grid_of_settings()]
+    drawn = figures.curves(tables.build("fd_cifar", given))
+    assert drawn.get_supylabel() == "FD-CIFAR ↓"
+    assert drawn.get_supxlabel() == "network evaluations"
+    assert [axes.get_title() for axes in drawn.axes] == ["DDIM", "UniPC-3"]
+    given = [dataclasses.replace(with_metric(r), grid="trailing") for r in given]
+    drawn = figures.curves(tables.build("clip_score", given))
+    assert drawn.get_supylabel() == "CLIP score ↑"
+    assert drawn.get_supxlabel() == "network evaluations, trailing grid"
 
 
-def test_more_than_ten_solvers_have_colours_of_their_own():
-    given = [
-        result(nfe=nfe, run=f"{grid}{nfe}", grid=grid) for nfe in (5, 8) for grid in "abcdefghijklm"
-    ]
-    lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
-    assert len({line.get_color() for line in lines}) == len(lines) == 13
+def with_metric(result, metric="clip_score"):
+    return dataclasses.replace(result, metric=metric)
 
 
-def test_a_long_legend_is_not_cut_off():
-    grids = [f"{k}" for k in range(50)]
-    given = [result(nfe=nfe, run=f"{grid} {nfe}", grid=grid) for nfe in (5, 8) for grid in grids]
+def test_a_setting_looks_the_same_in_every_panel_and_every_study():
+    presets = ["off", "default", "published", *labels.CALIBRATIONS]
+    alone = {lml: figures.looks([lml])[lml] for lml in presets}
+    assert figures.looks(presets) == alone
+    for part in zip(*alone.values(), strict=True):
+        assert len(set(part)) >= len(presets) - 1  # two lines are solid
+    older = figures.looks(["off", "default, method 1", "damping=8, method 1"])
+    assert older["default, method 1"] == alone["default"]
+    both = figures.looks(["off", "default", "default, method 1", "damping=8"])
+    assert both["default"] == alone["default"] and len(set(both.values())) == 4
+
+    drawn = figures.curves(tables.build("fd", grid_of_settings()))
+    assert [set(lines_of(axes)) for axes in drawn.axes] == [{OFF_COLOR, DEFAULT_COLOR}] * 2
+    legend = legend_of(drawn)
+    assert list(legend) == ["LML off", "LML default", figures.BEST_LABEL]
+    for axes in drawn.axes:
+        for label, color in {"LML off": OFF_COLOR, "LML default": DEFAULT_COLOR}.items():
+            line = lines_of(axes)[color]
+            assert legend[label].get_color() == color
+            assert legend[label].get_linestyle() == line.get_linestyle()
+            assert legend[label].get_marker() == line.get_marker()
+
+
+def test_the_grey_line_is_the_best_base_of_its_group():
+    given = []
+    for solver, values in {"ddim": (4.0, 1.0), "unipc": (3.0, 2.0)}.items():
+        for nfe, value in zip((5, 8), values, strict=True):
+            run = f"{solver}{nfe}"
+            given.append(result(solver=solver, nfe=nfe, value=value, run=run))
+            given.append(result("default", solver=solver, nfe=nfe, value=0.1, run=f"{run}d"))
+            # of another model, whose numbers are not compared with these
+            more = {"model": "n", "solver": solver, "nfe": nfe, "run": f"{run}n"}
+            given.append(result(value=10 * value, **more))
     drawn = figures.curves(tables.build("fd", given))
+    found = {}
+    for axes in drawn.axes:
+        (line,) = (line for line in axes.lines if line.get_color() == GREY)
+        found[axes.get_title().replace("\n", ", ")] = line.get_xydata().tolist()
+    best = [[5, 3], [8, 1]], [[5, 30], [8, 10]]
+    assert found == {
+        f"{solver}, {model}": line
+        for model, line in zip("mn", best, strict=True)
+        for solver in ("DDIM", "UniPC-3")
+    }
+    # higher is better
+    drawn = figures.curves(tables.build("clip_score", [with_metric(r) for r in given]))
+    (line,) = (line for line in drawn.axes[0].lines if line.get_color() == GREY)
+    assert line.get_ydata().tolist() == [4, 2]
+    # one solver is its own best
+    drawn = figures.curves(tables.build("fd", [r for r in given if r.solver == "ddim"]))
+    assert not any(line.get_color() == GREY for axes in drawn.axes for line in axes.lines)
+    assert figures.BEST_LABEL not in legend_of(drawn)
+
+
+def test_the_spread_over_seeds_is_a_band():
+    given = several("off", [1.0, 3.0]) + several("off", [2.0], nfe=8)
+    (axes,) = figures.curves(tables.build("fd", given)).axes
+    (band,) = axes.collections
+    (path,) = band.get_paths()
+    at_five = path.vertices[path.vertices[:, 0] == 5][:, 1]
+    assert (min(at_five), max(at_five)) == pytest.approx((2 - math.sqrt(2), 2 + math.sqrt(2)))
+    assert set(path.vertices[path.vertices[:, 0] == 8][:, 1]) == {2.0}  # one seed has none
+
+
+def with_options(given, **changes):
+    """The same with other options of LML."""
+    lml = canonical({**DEFAULT, **changes})
+    tag = canonical(changes)
+    return [dataclasses.replace(r, lml=lml, run=f"{r.run}{tag}") for r in given]
+
+
+@pytest.mark.parametrize("settings", range(10))
+@pytest.mark.parametrize("solvers", [("ddim",), ("ddim", "unipc")])
+def test_no_legend_is_longer_than_six_lines(settings, solvers):
+    off = [result(solver=s, nfe=n, run=f"{s}{n}") for s in solvers for n in (5, 8)]
+    given = list(off)
+    for k in range(settings):
+        given += with_options(off, damping=k + 1.0)
+    drawn = figures.curves(tables.build("fd", given))
+    if drawn is None:
+        assert settings * len(solvers) > figures.PANELS
+        return
+    legend = legend_of(drawn)
+    assert len(legend) <= 6
+    looks = {
+        (line.get_color(), line.get_linestyle(), line.get_marker()) for line in legend.values()
+    }
+    assert len(looks) == len({look[0] for look in looks}) == len(legend)
+    if figures.THIS not in legend:
+        assert len(drawn.axes) == len(solvers)
+    else:  # a panel a setting, beside LML off
+        assert len(drawn.axes) == settings * len(solvers)
+        assert "damping 1" in drawn.axes[0].get_title()
+        assert all(len(lines_of(axes)) == 2 for axes in drawn.axes)
     FigureCanvasAgg(drawn).draw()
     (legend,) = drawn.legends
-    assert drawn.bbox.y0 <= legend.get_window_extent().y0
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= drawn.bbox.x1 and box.y1 <= drawn.bbox.y1
+    assert all(axes.get_window_extent().y1 < box.y0 for axes in drawn.axes)
+
+
+def test_too_many_settings_leave_those_that_have_a_name():
+    off = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
+    assert figures.curves(tables.build("fd", off)) is not None  # there is nothing else
+    many = list(off)
+    for k in range(figures.PANELS + 1):
+        many += with_options(off, damping=k + 1.0)
+    assert figures.curves(tables.build("fd", many)) is None
+    named = [*many, *with_options(off)]
+    assert list(legend_of(figures.curves(tables.build("fd", named)))) == ["LML off", "LML default"]
+
+
+def test_settings_of_many_versions_are_no_endless_search():
+    off = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
+    given = [*off, *with_options(off)]
+    for version in range(METHOD_VERSION + 1, METHOD_VERSION + 9):
+        given += with_options(off, method_version=version)
+    drawn = figures.curves(tables.build("fd", given))
+    assert list(legend_of(drawn)) == ["LML off", "LML default"]
 
 
 def test_values_below_zero_are_not_on_a_logarithmic_axis():
@@ -782,46 +926,54 @@ def test_values_below_zero_are_not_on_a_logarithmic_axis():
     assert figures.curves(tables.build("fd", given)).axes[0].get_yscale() == "linear"
 
 
-def test_hundreds_of_settings_are_no_curves():
-    rows = list(tables.build("fd", [result(), result("default", run="b")]).rows)
-    many = [rows[0]._replace(lml=f"rank={k}") for k in range(len(figures.MARKERS) + 1)]
-    assert figures.worth_drawing([*rows, *many]) == rows
-    assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
-    # a few settings of many solvers
-    many = [rows[0]._replace(lml="rank=1", solver=f"{k}") for k in range(figures.OTHERS + 1)]
-    assert figures.worth_drawing([*rows, *many]) == rows
-    assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
+@pytest.mark.parametrize(
+    "values", [(1.0, 1.6), (3.1, 12.0), (0.02, 9.0), (1e-5, 100.0), (1.0, 1e9)]
+)
+def test_a_logarithmic_axis_has_a_few_numbers(values):
+    given = [result(nfe=nfe, value=v, run=f"{nfe}") for nfe, v in zip((5, 8), values, strict=True)]
+    (axes,) = figures.curves(tables.build("fd", given)).axes
+    FigureCanvasAgg(axes.figure).draw()
+    low, high = axes.get_ylim()
+    texts = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert low < values[0] and values[1] < high and 3 <= len(texts) <= 6, texts
+    assert all(float(text) > 0 for text in texts)
 
 
-def test_no_curves_of_the_base_alone_where_the_others_are_too_many():
-    given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
-    assert figures.curves(tables.build("fd", given)) is not None  # there is nothing else
-    for k in range(len(figures.MARKERS) + 1):
-        lml = canonical({**DEFAULT, "damping": k + 1.0})
-        given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
-    assert figures.curves(tables.build("fd", given)) is None
+def test_panels_of_many_evaluations_leave_out_numbers_without_room():
+    given = [
+        result(nfe=nfe, run=f"{solver}{nfe}", solver=solver)
+        for nfe in (*range(5, 21), 30, 50, 100)
+        for solver in ("ddim", "deis", "ipndm", "pndm", "unipc")
+    ]
+    drawn = figures.curves(tables.build("fd", given))
+    FigureCanvasAgg(drawn).draw()
+    axes = drawn.axes[0]
+    shown = [text for text in axes.get_xticklabels() if text.get_text()]
+    boxes = [text.get_window_extent() for text in shown]
+    assert len(shown) > 4 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
-def test_each_setting_of_one_solver_has_a_curve_that_can_be_told():
-    given = [result(nfe=nfe, run=f"{nfe}") for nfe in (5, 8)]
-    for k in range(len(figures.MARKERS)):
-        lml = canonical({**DEFAULT, "damping": k + 1.0})
-        given += [dataclasses.replace(r, lml=lml, run=f"{k}{r.run}") for r in given[:2]]
-    lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
-    assert len(looks) == len({look[0] for look in looks}) == 1 + len(figures.MARKERS)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/solver").glob("*")))
+def test_every_solver_has_a_name_that_people_write(name):
+    written = labels.solver_name(name)
+    assert name in labels.SOLVERS and "{" not in written and "_" not in written
 
 
-def test_the_curves_of_two_solvers_with_six_settings_each_can_be_told():
-    given = []
-    for solver in ("ddim", "unipc"):
-        for k in range(6):
-            lml = canonical({**DEFAULT, "damping": k + 1.0})
-            for nfe in (5, 8):
-                one = result(solver=solver, nfe=nfe, run=f"{solver}{k}{nfe}")
-                given.append(dataclasses.replace(one, lml=lml))
-    lines = [line.lines[0] for _, line in _legend(figures.curves(tables.build("fd", given)))]
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 12
+def test_the_name_of_a_solver_has_its_order():
+    assert labels.solver_name("dpmsolverpp") == "DPM-Solver++(3M)"
+    assert labels.solver_name("dpmsolverpp, solver_order=2") == "DPM-Solver++(2M)"
+    assert labels.solver_name("unipc, solver_order=2, eta=1") == "UniPC-2, eta 1"
+    assert labels.solver_name("dpmsolver_released") == "DPM-Solver-3 (released)"
+    assert labels.solver_name("of_a_plugin") == "of_a_plugin"
+
+
+def test_every_metric_has_a_name_that_people_write():
+    for path in (ROOT / "configs/metrics").glob("*.yaml"):
+        if (cls := class_by_name(path.stem)) is None:
+            continue
+        parts = [f"{path.stem}/{part}" for part in declared(cls).parts] or [path.stem]
+        assert set(parts) <= set(labels.METRICS)
+    assert labels.metric_name("of_a_plugin/part") == "of a plugin, part"
 
 
 def searched(dampings=(4.0, 8.0), ranks=(1, 2), base=True):
@@ -849,6 +1001,29 @@ def test_what_a_metric_says_step_by_step(make_run, tabulate):
     assert list(line.get_xdata()) == [900, 500, 0] and axes.xaxis_inverted()
     assert np.array_equal(line.get_ydata(), [0.75, np.nan, 0.5], equal_nan=True)
     assert figures.steps(tables.build("c/min", made), made) is None
+    assert drawn.get_supxlabel() == "timestep (5 network evaluations)"
+
+
+def with_steps(given):
+    steps = canonical({"timestep": [900.0, 500.0], "value": [0.5, 0.25]})
+    return [dataclasses.replace(r, steps=steps) for r in given]
+
+
+def test_steps_have_a_panel_a_solver_and_number_of_evaluations():
+    given = with_steps(grid_of_settings())
+    drawn = figures.steps(tables.build("fd", given), given)
+    titles = [axes.get_title().replace("\N{NO-BREAK SPACE}", " ") for axes in drawn.axes]
+    assert titles == ["DDIM, NFE 5", "DDIM, NFE 8", "UniPC-3, NFE 5", "UniPC-3, NFE 8"]
+    assert all(set(lines_of(axes)) == {OFF_COLOR, DEFAULT_COLOR} for axes in drawn.axes)
+    assert list(legend_of(drawn)) == ["LML off", "LML default"]
+
+
+def test_steps_of_a_search_have_a_panel_a_rank_and_a_line_a_damping():
+    given = with_steps(searched(dampings=(0.5, 4.0, 16.0), ranks=(1, 2, 3), base=False))
+    drawn = figures.steps(tables.build("fd", given), given)
+    assert [axes.get_title() for axes in drawn.axes] == [f"DDIM, rank {rank}" for rank in (1, 2, 3)]
+    assert list(legend_of(drawn)) == ["LML damping 0.5", "LML damping 4", "LML damping 16"]
+    assert all(len(axes.lines) == 3 for axes in drawn.axes)
 
 
 @pytest.mark.parametrize("base", [True, False])
@@ -880,8 +1055,8 @@ def test_a_map_for_each_of_the_other_settings():
     drawn = figures.maps(tables.build("fd", given), given)
     titles = [axes.get_title() for axes in drawn.axes if axes.images]
     assert titles == [
-        "ddim, target=increment, 5 evaluations",
-        "ddim, target=prediction, 5 evaluations",
+        "DDIM, target increment, 5 evaluations",
+        "DDIM, target prediction, 5 evaluations",
     ]
     assert "–" in [text.get_text() for text in drawn.axes[1].texts]
 
@@ -914,6 +1089,15 @@ def test_strips_show_the_same_noise_at_every_setting(make_run, tmp_path):
     assert drawn.shape[0] == top
 
 
+def test_hundreds_of_settings_are_no_strip():
+    rows = list(tables.build("fd", [result(), result("default", run="b")]).rows)
+    rows[1] = rows[1]._replace(lml="default, method 1")
+    many = [rows[0]._replace(lml=f"rank={k}") for k in range(figures.OTHERS + 1)]
+    assert figures.worth_drawing([*rows, *many]) == rows
+    assert figures.worth_drawing([*rows, *many[1:]]) == [*rows, *many[1:]]
+    assert figures.worth_drawing([rows[0], *many]) == []
+
+
 def test_large_images_are_shrunk():
     assert figures._resized(Image.new("RGB", (512, 256))).shape == (64, 128, 3)
 
@@ -924,6 +1108,21 @@ def test_figures_are_the_same_bytes_every_time():
         first, second = (figures.encode(draw(tables.build("fd", given))) for _ in range(2))
         assert first == second and set(first) == {"png", "svg"}
         assert b"<dc:date>" not in first["svg"]
+
+
+def test_a_figure_of_many_panels_is_small():
+    solvers = ("ddim", "deis", "dpmsolver", "dpmsolverpp", "ipndm", "unipc")
+    given = [
+        result(lml, solver=s, grid=grid, nfe=nfe, value=value / nfe, run=f"{s}{grid}{nfe}{lml}")
+        for s in solvers
+        for grid in ("leading", "trailing", "karras", "exponential", "linspace")
+        for nfe in (5, 8, 20)
+        for lml, value in {"off": 3.0, "default": 2.0, "other": 1.0}.items()
+    ]
+    drawn = figures.curves(tables.build("fd", given))
+    assert len(drawn.axes) == 30
+    png = figures.encode(drawn)["png"]
+    assert len(png) < 200_000 and Image.open(io.BytesIO(png)).width <= 1600
 
 
 # --- the whole ---------------------------------------------------------------------------------

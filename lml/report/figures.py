@@ -8,7 +8,7 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,26 +27,26 @@ from lml.report.labels import CALIBRATIONS, DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, order, row_of, varying
 
-OTHERS = 12  # the most rows of settings without a look that are drawn
-MOST = 6  # the most lines of a legend
-PANELS = 32
-WIDTH = 10.6  # the most inches: 1,590 pixels
-COLUMNS = 5  # of panels that do not form a table
+OTHERS = 12  # strips show other settings than those with a look if they are no more
+MOST = 6  # lines of a legend
+PANELS = 15  # at most, where each has a setting of its own
+WIDTH = 10.6  # inches at most: 1,590 pixels
+COLUMNS = 5  # of panels that make no table
 DPI = 150
 STRIP_IMAGES = 8
-LARGEST = 128  # pixels; a strip shrinks larger images to this size and doubles the others
+LARGEST = 128  # pixels; larger images are shrunk to it in a strip, the others doubled
 LIMIT = 0.5  # the change where a map's colours end
 
 
 class Look(NamedTuple):
-    """The look of a line. In grey print, its dashes and marker still tell it from others."""
+    """Of a line: it is told by its dashes and marker, too, where it is printed in grey."""
 
     color: str
     linestyle: str | tuple
     marker: str
 
 
-# The colours are Okabe and Ito's, which colour-blind people can tell apart.
+# The colours are Okabe and Ito's, which the colour-blind can tell.
 LOOKS = {
     OFF: Look("#000000", "--", "o"),
     DEFAULT: Look("#0072B2", "-", "s"),
@@ -55,7 +55,7 @@ LOOKS = {
 LOOKS |= dict(
     zip(CALIBRATIONS, [Look("#D55E00", "-", "^"), Look("#009E73", "-.", "v")], strict=True)
 )
-OTHER_LOOKS = [  # for other settings, in their order
+OTHER_LOOKS = [  # of other settings, in their order
     Look("#E69F00", "-.", "D"),
     Look("#56B4E9", (0, (5, 1)), "P"),
     Look("#882255", (0, (3, 1, 1, 1, 1, 1)), "p"),
@@ -65,13 +65,13 @@ OTHER_LOOKS = [  # for other settings, in their order
 BEST = {"color": "#BBBBBB", "linewidth": 4, "solid_capstyle": "round", "zorder": 1}
 BEST_LABEL = "best of all solvers, LML off"
 THIS = "LML with the change in the title"
-Setting = str  # a setting of LML, as in the legend
+Setting = str  # of LML, as the legend says it
 
 
 def encode(drawn: Figure) -> dict[str, bytes]:
-    """The figure as PNG and SVG, with the same bytes each time."""
+    """The figure as PNG and SVG, the same bytes whenever it is drawn."""
     made = {}
-    # otherwise matplotlib puts random names and the date into an SVG
+    # else matplotlib puts random names and the date into an SVG
     with matplotlib.rc_context({"svg.hashsalt": "lml"}):
         for suffix, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
             drawn.savefig(buffer := io.BytesIO(), format=suffix, dpi=drawn.dpi, metadata=metadata)
@@ -83,9 +83,9 @@ def encode(drawn: Figure) -> dict[str, bytes]:
 
 
 def _small(png: bytes) -> bytes:
-    """The picture in 256 colours, with a third of the bytes."""
+    """The same in 64 colours, a third of the bytes."""
     with Image.open(io.BytesIO(png)) as image:
-        median = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=0)
+        median = image.convert("RGB").quantize(64, Image.Quantize.MEDIANCUT, dither=0)
     median.save(buffer := io.BytesIO(), format="png", optimize=True)
     return buffer.getvalue()
 
@@ -95,51 +95,38 @@ def _small(png: bytes) -> bytes:
 
 @dataclass
 class Panel:
-    """One panel of a figure: its place, its title, and the rows in it."""
+    """One picture of several: where it stands, what it is called, and the rows in it."""
 
-    line: tuple  # equal for all panels in one line
+    line: tuple  # what panels of one line have in common
     column: tuple
     title: list[str]
     rows: dict[Setting, Row] = field(default_factory=dict)
 
 
-def worth_drawing(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a reader can tell apart: the presets of LML, and a few other settings.
-
-    It is empty if there are too many other settings and only the base would be left.
-    """
-    known = [row for row in rows if labels.version_of(row.lml)[0] in LOOKS]
-    settings = {row.lml for row in rows} - {row.lml for row in known}
-    if len(rows) - len(known) <= OTHERS and len(settings) <= OTHERS:
-        return list(rows)
-    return known if any(row.lml != OFF for row in known) else []
-
-
 def looks(settings: Iterable[str]) -> dict[Setting, Look]:
-    """The look for each of LML's labels, in the order of a legend.
+    """Of each of LML's labels: the look of its preset, whatever the method's version; or a spare.
 
-    It is the look of its preset, for any version of the method, or one of the other looks.
+    In the order of a legend.
     """
-    known = sorted(set(settings), key=lambda label: labels.order(labels.version_of(label)[0]))
     found, spare = {}, iter(OTHER_LOOKS)
-    for label in known:
+    for label in sorted(set(settings), key=labels.order):
         plain, _ = labels.version_of(label)
         look = LOOKS.get(plain)
-        if look is None or look in found.values():  # a preset in two versions
+        if look is None or look in found.values():  # the preset of two versions
             look = next(look for look in spare if look not in found.values())
         found[label] = look
     return found
 
 
 def _panels(rows: Sequence[Row], spare: int) -> tuple[list[Panel], dict[Setting, Look]]:
-    """A panel for each solver and grid, with a line for each setting; and the looks of the legend.
+    """A panel a solver and grid, with a line a setting; a panel a setting where these are too many.
 
-    If there are too many settings, each setting has its own panel. If there are still too many,
-    there are no panels. The legend keeps `spare` lines free.
+    With the looks of the legend, which leave `spare` of its lines. If even those panels are too
+    many, then of the presets alone; without panels if that leaves nothing but the base.
     """
     names = _names(rows)
     settings = {row.lml for row in rows}
-    panels: dict[tuple, Panel] = {}
+    panels: dict[Row, Panel] = {}
     if len(settings) + spare <= MOST:
         for row in rows:
             place = row._replace(lml="")
@@ -147,25 +134,25 @@ def _panels(rows: Sequence[Row], spare: int) -> tuple[list[Panel], dict[Setting,
             panels.setdefault(place, panel).rows[row.lml] = row
         return list(panels.values()), looks(settings)
     presets = {label for label in settings if labels.version_of(label)[0] in LOOKS}
-    found = looks(presets)
-    if len(presets) + 1 + spare > MOST:
-        return [], {}
-    for row in rows:
-        if row.lml not in presets:
-            title = [*names[row._replace(lml="")], labels.lml_name(labels.version_of(row.lml)[0])]
-            place = (row[:3],), labels.order(row.lml)
-            panel = panels[row] = Panel(*place, title, {THIS: row})
-            for label in found:
-                if (preset := row._replace(lml=label)) in rows:
-                    panel.rows[label] = preset
-    found[THIS] = OTHER_LOOKS[0]
-    return list(panels.values()) if len(panels) <= PANELS else [], found
+    changed = [row for row in rows if row.lml not in presets]
+    if len(changed) > PANELS or len(presets) + 1 + spare > MOST:
+        kept = presets if changed else LOOKS
+        shown = [row for row in rows if row.lml in kept]
+        return _panels(shown, spare) if any(row.lml != OFF for row in shown) else ([], {})
+    one_version = len({labels.version_of(label)[1] for label in settings - {OFF}}) == 1
+    for row in changed:
+        setting = labels.version_of(row.lml)[0] if one_version else row.lml
+        title = [*names[row._replace(lml="")], labels.lml_name(setting)]
+        panels[row] = Panel((row[:3],), labels.order(row.lml), title, {THIS: row})
+        beside = {label: row._replace(lml=label) for label in presets}
+        panels[row].rows |= {label: other for label, other in beside.items() if other in rows}
+    return list(panels.values()), {**looks(presets), THIS: OTHER_LOOKS[0]}
 
 
 def _names(rows: Iterable[Row]) -> dict[Row, list[str]]:
-    """The names of solver, grid and group, by the row without LML.
+    """What a solver, its grid and its group are called, by the row without LML.
 
-    The grid is named only if there are several: see `_shared_grid`.
+    Only where the grid has to be told from another: see `_shared_grid`.
     """
     places = list(dict.fromkeys(row._replace(lml="") for row in rows))
     keys = varying(list(dict.fromkeys(row.group for row in places)))
@@ -181,15 +168,15 @@ def _names(rows: Iterable[Row]) -> dict[Row, list[str]]:
 
 
 def _shared_grid(rows: Iterable[Row]) -> str:
-    """ ", trailing grid" if all rows have this grid and it is not the default; otherwise ""."""
+    """ ", trailing grid" where all have that and it is not the default; else nothing."""
     grids = {row.grid for row in rows}
     return f", {labels.grid_name(*grids)} grid" if len(grids) == 1 and grids != {"default"} else ""
 
 
 def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Axes]]:
-    """A figure with axes for each panel, all with one scale, and room for the legend above.
+    """A figure with axes for each panel, all of one scale, and room for the legend above.
 
-    The panels form a table if that is nearly full; otherwise they follow one another.
+    They make a table where that is nearly full; else they follow one another.
     """
     lines = list(dict.fromkeys(panel.line for panel in panels))
     columns = sorted({panel.column for panel in panels})
@@ -200,24 +187,24 @@ def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Ax
         rows = math.ceil(len(panels) / COLUMNS)
         places = [divmod(k, math.ceil(len(panels) / rows)) for k in range(len(panels))]
     down, across = (max(place) + 1 for place in zip(*places, strict=True))
-    width = min(WIDTH, 0.8 + 2.6 * across)
-    width = max(width, 5.0)
-    size = (width, max(3.2, 1.0 + (height + 0.45) * down))
+    width = max(5.0, min(WIDTH, 0.8 + 2.6 * across))
+    letters = int((width - 0.8) / across / 0.068)
+    titles = [[", ".join(panel.title)] for panel in panels]
+    if any(len(title) > letters for (title,) in titles):
+        titles = [[panel.title[0], ", ".join(panel.title[1:])] for panel in panels]
+    titles = [[line for part in title for line in textwrap.wrap(part, letters)] for title in titles]
+    height += 0.17 + 0.14 * max(map(len, titles))
+    size = (width, max(3.2, 1.0 + height * down))
     drawn = Figure(figsize=size, dpi=DPI, layout="constrained")
     drawn.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
     grid = drawn.add_gridspec(down, across)
-    letters = int((width - 0.8) / across / 0.068)
-    in_one_line = all(len(", ".join(panel.title)) <= letters for panel in panels)
-    # if some panels are beside a gap, all have numbers, so that all have the same size
-    left = any(column and (line, column - 1) not in places for line, column in places)
-    bottom = any(line < down - 1 and (line + 1, column) not in places for line, column in places)
+    # numbers at every panel where the edge has gaps: else the panels would not be even
+    left = any((line, 0) not in places for line in range(down))
+    bottom = any((down - 1, column) not in places for column in range(across))
     made: list[Axes] = []
-    for panel, (line, column) in zip(panels, places, strict=True):
+    for title, (line, column) in zip(titles, places, strict=True):
         first = made[0] if made else None
         axes = drawn.add_subplot(grid[line, column], sharex=first, sharey=first)
-        parts = [panel.title[0], ", ".join(panel.title[1:])]
-        parts = [", ".join(panel.title)] if in_one_line else parts
-        title = [text for part in parts for text in textwrap.wrap(part, letters)]
         axes.set_title("\n".join(title), fontsize=8.5)
         axes.tick_params(
             labelsize=8, labelbottom=bottom or line == down - 1, labelleft=left or not column
@@ -227,25 +214,35 @@ def _axes(panels: Sequence[Panel], height: float = 1.5) -> tuple[Figure, list[Ax
     return drawn, made
 
 
+THIN = (THIS, OFF)  # lie above the others, and leave them to be seen where they are the same
+
+
+def _from_below(found: Mapping[Setting, Look]) -> Iterator[tuple[Setting, Look]]:
+    """In the order of drawing."""
+    yield from ((setting, look) for setting, look in found.items() if setting not in THIN)
+    yield from ((setting, found[setting]) for setting in THIN if setting in found)
+
+
 def _size(setting: Setting, factor: float = 1.0) -> dict[str, float]:
-    """The sizes of a line. LML off is thin, so that it does not hide other lines."""
-    width, marker = (1.1, 2.5) if setting == OFF else (1.6, 4.5)
+    """Of a line."""
+    width, marker = (1.1, 2.5) if setting in THIN else (1.6, 4.5)
     return {"linewidth": width * factor, "markersize": marker * factor}
 
 
 def _finish(
     drawn: Figure, table: Table, xlabel: str, found: Mapping[Setting, Look], best: bool
 ) -> Figure:
-    """Add the legend and the names of the axes."""
+    """The legend and what the axes are called."""
     handles = {}
     for label, look in found.items():
         name = label if label == THIS else f"LML {labels.lml_name(label)}"
         handles[name] = Line2D([], [], **look._asdict(), **_size(label))
     if best:
         handles[BEST_LABEL] = Line2D([], [], **BEST)
-    longest = max(len(label) for label in handles)
-    across = max(1, int(drawn.get_figwidth() / (0.7 + 0.065 * longest)))
-    across = math.ceil(len(handles) / math.ceil(len(handles) / across))
+    across = len(handles)
+    if sum(0.75 + 0.068 * len(label) for label in handles) > drawn.get_figwidth():
+        across = max(1, int(drawn.get_figwidth() / (0.75 + 0.068 * max(map(len, handles)))))
+        across = math.ceil(len(handles) / math.ceil(len(handles) / across))
     drawn.legend(
         handles.values(),
         handles,
@@ -262,6 +259,7 @@ def _finish(
     return drawn
 
 
+# Ticks within a decade, from fine to coarse.
 SUBS = [
     (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
     (1, 1.5, 2, 3, 4, 5, 7),
@@ -273,7 +271,7 @@ SUBS = [
 
 
 def _y_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Make the axis logarithmic, with readable ticks, if the values are positive and far apart."""
+    """Logarithmic, with ticks that can be read, where the values are positive and far apart."""
     low, high = min(values), max(values)
     if low <= 0 or high < 1.5 * low:
         return
@@ -292,7 +290,7 @@ def _y_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _x_ticks(axes: Axes, nfes: Sequence[int], width: float) -> None:
-    """A tick at each number of evaluations, with a number if there is room in `width` inches."""
+    """A tick at each number of evaluations; numbers where there is room, in axes `width` inches."""
     axes.set_xscale("log")
     margin = (nfes[-1] / nfes[0]) ** 0.06
     axes.set_xlim(nfes[0] / margin, nfes[-1] * margin)
@@ -307,16 +305,16 @@ def _x_ticks(axes: Axes, nfes: Sequence[int], width: float) -> None:
 
 
 def curves(table: Table) -> Figure | None:
-    """Quality against evaluations: a panel for each solver and grid, a line for each LML setting.
+    """Quality against evaluations: a panel a solver and grid, a line a setting of LML.
 
-    The grey line is the best of all solvers without LML in the same group. None for fewer than two
-    numbers of evaluations, or for too many settings of LML.
+    In grey the best of all solvers without LML, of the same group. None with less than two numbers
+    of evaluations, and where LML's settings are too many to draw.
     """
     known = {
         row: {nfe: entry for nfe, entry in sorted(entries.items()) if math.isfinite(entry.mean)}
         for row, entries in table.rows.items()
     }
-    known = {row: known[row] for row in worth_drawing([row for row in known if known[row]])}
+    known = {row: entries for row, entries in known.items() if entries}
     nfes = sorted({nfe for entries in known.values() for nfe in entries})
     if len(nfes) < 2:
         return None
@@ -330,8 +328,7 @@ def curves(table: Table) -> Figure | None:
         (group,) = {row.group for row in panel.rows.values()}
         if group in best:
             axes.plot(list(best[group]), list(best[group].values()), **BEST)
-        # LML off is drawn last: without a gain, other lines would hide it
-        for setting, look in reversed(found.items()):
+        for setting, look in _from_below(found):
             if (row := panel.rows.get(setting)) is None:
                 continue
             x, means, stds = zip(
@@ -339,7 +336,7 @@ def curves(table: Table) -> Figure | None:
             )
             low, high = np.subtract(means, stds), np.add(means, stds)
             axes.plot(x, means, **look._asdict(), **_size(setting))
-            axes.fill_between(x, low, high, color=look.color, alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
             values += [*means, *high, *low[(low > 0) | (np.array(means) <= 0)]]
     _y_scale(made[0], values)
     across = len({axes.get_subplotspec().colspan.start for axes in made})
@@ -349,7 +346,7 @@ def curves(table: Table) -> Figure | None:
 
 
 def _best_bases(table: Table, nfes: Sequence[int]) -> dict[Group, dict[int, float]]:
-    """For each group with several solvers or grids without LML: its best means by evaluations."""
+    """Of each group with several solvers or grids without LML, the best mean at each number."""
     found: dict[Group, dict[int, float]] = {}
     for group in table.groups:
         bases = [row for row in table.rows if row.group == group and row.lml == OFF]
@@ -360,14 +357,13 @@ def _best_bases(table: Table, nfes: Sequence[int]) -> dict[Group, dict[int, floa
 
 
 def steps(table: Table, results: Sequence[Result]) -> Figure | None:
-    """The metric at each step, as the mean over seeds.
+    """What the metric is step by step, as the mean over seeds.
 
-    There is a line of panels for each solver and grid, and a column for each number of evaluations.
-    If both damping and rank vary, there is a column for each rank, and a line for each damping.
-    None for a metric without values at each step.
+    A line of panels a solver and grid, a column a number of evaluations; where damping and rank
+    both vary, a column a rank and a line a damping. None for a metric that does not say.
     """
     runs = defaultdict(lambda: defaultdict(list))
-    searched = {}  # rank and damping by row
+    searched = {}  # rank and damping of a row
     for result in results:
         if result.metric == table.metric and result.steps:
             row, lml = row_of(result), json.loads(result.lml)
@@ -385,15 +381,16 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
     if not places:
         return None
     several = [
-        Panel((p.line, p.column), (nfe,), [f"{p.title[0]}, NFE {nfe}", *p.title[1:]])
+        # a space that no line breaks at
+        Panel((p.line, p.column), (nfe,), [*p.title, f"NFE\N{NO-BREAK SPACE}{nfe}"])
         for nfe, p in places
     ]
     drawn, made = _axes(several if len(nfes) > 1 else panels, height=1.2)
     values = []
     for axes, (nfe, panel) in zip(made, places, strict=True):
-        for setting, look in reversed(found.items()):
+        for setting, look in _from_below(found):
             row = panel.rows.get(setting)
-            # null, for a step without a number, becomes nan
+            # null, where a step has no number, is nan
             curves = [np.array(run["value"], dtype=float) for run in runs[row][nfe]] if row else []
             if curves:
                 mean = np.mean(curves, axis=0)
@@ -403,20 +400,20 @@ def steps(table: Table, results: Sequence[Result]) -> Figure | None:
     _y_scale(made[0], values)
     made[0].invert_xaxis()  # a trajectory begins with noise
     note = "NFE: network evaluations" if len(nfes) > 1 else f"{nfes[0]} network evaluations"
-    xlabel = f"timestep ({note}{_shared_grid(rows)})"
+    xlabel = f"timestep ({note}){_shared_grid(rows)}"
     return _finish(drawn, table, xlabel, found, best=False)
 
 
 def _step_panels(
     rows: Sequence[Row], searched: Mapping[Row, tuple[int, object]]
 ) -> tuple[list[Panel], dict[Setting, Look]]:
-    """As `_panels`, but a panel for each rank and a line for each damping if only these differ."""
+    """As `_panels`; but a panel a rank and a line a damping, where rows differ in these alone."""
     dampings = {damping for _, damping in searched.values() if isinstance(damping, (int, float))}
     places = {(row._replace(lml=""), *searched[row]): row for row in rows}
     is_search = all(rank and damping in dampings for _, rank, damping in places)
     few = len({row.lml for row in rows}) <= MOST
     if few or not is_search or len(places) < len(rows) or len(dampings) > MOST:
-        return _panels(worth_drawing(rows), 0)
+        return _panels(rows, 0)
     names, panels = _names(rows), {}
     for (place, rank, damping), row in places.items():
         panel = Panel((place,), (rank,), [*names[place], f"rank {rank}"])
@@ -429,17 +426,17 @@ def _step_panels(
 
 
 def maps(table: Table, results: Sequence[Result]) -> Figure | None:
-    """The metric by damping and rank, in a grid of maps.
+    """The metric by damping and rank: a row a setting otherwise, a column a number of evaluations.
 
-    Rows are the other settings, columns the numbers of evaluations. Colours show the change to the
-    base, if that was run; blue is better. None unless both damping and rank vary.
+    Its colours are the change to the base where that was run, blue for better. None where not both
+    of damping and rank vary.
     """
     panels = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for result in results:
         lml = json.loads(result.lml)
         if result.metric != table.metric or not lml["rank"]:
             continue
-        if not isinstance(lml["damping"], (int, float)):  # the default, or a list
+        if not isinstance(lml["damping"], (int, float)):  # the default's, or one a step
             continue
         place = lml.pop("rank"), lml.pop("damping")
         key = (row_of(result)._replace(lml=OFF), json.dumps(lml, sort_keys=True))
@@ -450,7 +447,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     panels = {key: panels[key] for key in keys}
     if not panels:
         return None
-    ranks, dampings = set(), defaultdict(set)  # dampings by the number of evaluations
+    ranks, dampings = set(), defaultdict(set)  # of dampings those of the number of evaluations
     for panel in panels.values():
         for nfe, values in panel.items():
             ranks |= {rank for rank, _ in values}
@@ -458,7 +455,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     ranks, nfes = sorted(ranks), sorted(dampings)
     names = _names(row for row, _ in panels)
     widths = [0.6 + 0.75 * len(dampings[nfe]) for nfe in nfes]
-    if 0.6 + sum(widths) > WIDTH:  # then one column
+    if 0.6 + sum(widths) > WIDTH:  # the numbers of evaluations under one another
         widths = [max(widths)]
     down = len(panels) * len(nfes) // len(widths)
     size = (min(WIDTH, max(5.0, 0.6 + sum(widths))), 0.5 + down * (0.8 + 0.45 * len(ranks)))
@@ -507,13 +504,13 @@ def _map(
             continue
         gain = entry.mean / base.mean - 1 if relative else None
         picture[i, k] = entry.mean if gain is None else gain
-        text = f"{entry.mean:.3g}" + ("" if gain is None else f"\n{100 * gain:+.0f} %")
+        text = f"{entry.mean:#.3g}".rstrip(".") + ("" if gain is None else f"\n{100 * gain:+.0f} %")
         axes.text(k, i, text, ha="center", va="center", fontsize=7.5)
-    # light colours, on which black numbers can be read
+    # light colours, which black numbers can be read on
     colors = "cividis" if not relative else "RdBu" if higher else "RdBu_r"
     colors = matplotlib.colormaps[colors].with_extremes(bad="0.8")
     if relative:
-        axes.imshow(picture, cmap=colors, vmin=-LIMIT, vmax=LIMIT, alpha=0.7, aspect="auto")
+        axes.imshow(picture, cmap=colors, vmin=-LIMIT, vmax=LIMIT, alpha=0.55, aspect="auto")
     else:
         axes.imshow(picture, cmap=colors, alpha=0.5, aspect="auto")
     axes.set_xticks(range(len(dampings)), [f"{damping:g}" for damping in dampings], fontsize=8.5)
@@ -522,17 +519,31 @@ def _map(
     axes.set_ylabel("rank", fontsize=8.5)
 
 
-def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
-    """Images from the same noise, one row for each setting; returns figures by file name.
+# --- strips ------------------------------------------------------------------------------------
 
-    They are the first images of the runs under `runs` that still have them, with the lowest of the
-    seeds that most settings share.
+
+def worth_drawing(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a reader can tell apart: LML as the presets have it, and a few others.
+
+    None where the others are too many and nothing but the base would be left.
     """
-    settings = defaultdict(lambda: defaultdict(dict))  # by model and evaluations, seed, row: run
+    known = [row for row in rows if labels.version_of(row.lml)[0] in LOOKS]
+    if len(rows) - len(known) <= OTHERS:
+        return list(rows)
+    return known if any(row.lml != OFF for row in known) else []
+
+
+def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
+    """The same noise at every setting, by the name of the file: a row a setting.
+
+    The first images of the runs under `runs` that still have them and are of the lowest seed that
+    most settings were run with.
+    """
+    settings = defaultdict(lambda: defaultdict(dict))  # model and evaluations, seed, row: run
     for result in results:
         if (runs / result.run / "images").is_dir():
             row = row_of(result)
-            # images do not depend on the metric
+            # what tells metrics apart tells no images apart
             row = row._replace(group=row.group._replace(protocol=""))
             settings[row.group, result.nfe][result.seed][row] = result.run
     groups = list(dict.fromkeys(group for group, _ in settings))
@@ -557,7 +568,7 @@ def strips(results: Sequence[Result], runs: Path) -> dict[str, Figure]:
 
 
 def _images(folder: Path) -> np.ndarray | None:
-    """The first images side by side, (H, W, 3); None if they cannot be read."""
+    """The first images side by side, (H, W, 3); None where they cannot be read."""
     files = sorted(file for file in folder.glob("*.png"))[:STRIP_IMAGES]
     try:
         images = [_resized(Image.fromarray(read(file).permute(1, 2, 0).numpy())) for file in files]
@@ -576,7 +587,7 @@ def _resized(image: Image.Image) -> np.ndarray:
 
 
 def strip(pictures: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Labelled pictures (H, W, 3) under one another, each pixel one pixel of the PNG."""
+    """Labelled pictures (H, W, 3) under one another, a pixel of theirs a pixel of the PNG."""
     dpi, head = 100, 20
     margin = 10 + 6 * max(map(len, pictures))
     width = margin + max(picture.shape[1] for picture in pictures.values())

@@ -130,8 +130,15 @@ def solver_label(name: str, options: str) -> str:
     if config is None:
         return name
     ours = json.loads(options)
-    scheduler, step = (_changes(ours[k], config.get(k) or {}) for k in ("scheduler", "step"))
+    parts = ((ours[k], config.get(k) or {}) for k in ("scheduler", "step"))
+    scheduler, step = (_changes(_moved(a), _moved(b)) for a, b in parts)
     return ", ".join([name, *scheduler, *step])
+
+
+def _moved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the module of the class: one that has moved since is the same."""
+    short = {k: v.rpartition(".")[2] for k, v in options.items() if k == "_target_"}
+    return {**options, **short}
 
 
 @functools.cache
@@ -159,10 +166,14 @@ def _text(value: Any) -> str:
 
 
 def order(label: str) -> tuple[int, str]:
-    """Key to sort LML's labels: off, published, default, then the others by their numbers."""
+    """Sorts LML's labels: off, published, default, and the others by their numbers.
+
+    A preset of another version of the method stands where it stood.
+    """
     first = [OFF, PUBLISHED, DEFAULT, *CALIBRATIONS]
     padded = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):014.6f}", label)
-    return (first.index(label) if label in first else len(first), padded)
+    plain, _ = version_of(label)
+    return (first.index(plain) if plain in first else len(first), padded)
 
 
 # --- names that people write -------------------------------------------------------------------
@@ -187,8 +198,6 @@ def grid_name(grid: str) -> str:
 def solver_name(label: str) -> str:
     """ "DPM-Solver++(2M)" for the `solver_label` "dpmsolverpp, solver_order=2"."""
     name, *changes = label.split(", ")
-    # an older version of this project may have had another class, which is no setting
-    changes = [change for change in changes if not change.startswith("_target_=")]
     known = SOLVERS.get(name, name)
     if "{order}" in known:
         own = [change for change in changes if change.startswith("solver_order=")]
