@@ -31,6 +31,7 @@ SOLVERS = {
     "dpmsolver_singlestep": "DPM-Solver++({order}S)",
     "dpmsolverpp": "DPM-Solver++({order}M)",
     "euler": "Euler",
+    "euler_ancestral": "Euler ancestral",
     "flow_euler": "Euler (flow matching)",
     "heun": "Heun",
     "ipndm": "iPNDM-4",
