@@ -477,7 +477,7 @@ def maps(table: Table, results: Sequence[Result]) -> Figure | None:
     what = labels.metric_name(table.metric)
     better = "↑" if table.higher else "↓"
     gain = ", and its change to LML off" if any(row in table.rows for row, _ in panels) else ""
-    head = textwrap.wrap(f"{what} {better} by damping and rank{gain}", int(size[0] * 13))
+    head = [*textwrap.wrap(f"{what} {better}", int(size[0] * 13)), f"by damping and rank{gain}"]
     drawn.suptitle("\n".join(head), fontsize=9.5)
     return drawn
 
