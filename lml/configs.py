@@ -12,11 +12,29 @@ from lml.data.assets import ROOT
 CONFIGS = ROOT / "configs"
 
 
+# Options of a group that choose an option of another, by `override` in their `defaults:`.
+CHOOSES = {"model": "grid", "solver": "lml"}
+
+
+def names(group: str) -> list[str]:
+    """The options of a group that the command line takes as group=NAME, sorted."""
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def option(group: str, name: str) -> DictConfig:
+    """The config group=`name` by itself, not resolved, as a run has it.
+
+    Raises what Hydra raises where there is none.
+    """
+    before = [f"+{CHOOSES[group]}=default"] if group in CHOOSES else []
+    return compose(*before, f"+{group}={name}").get(group) or OmegaConf.create({})
+
+
 def compose(*overrides: str, config: str | None = None) -> DictConfig:
     """What the command line `overrides` makes of configs/`config`.yaml, or, without it, of nothing.
 
-    `compose("+solver=unipc").solver` is that option with all that its `defaults:` bring in. A file
-    that is read by itself lacks them. Raises what Hydra raises for what it cannot compose.
+    A file that is read by itself lacks what its `defaults:` bring in. Raises what Hydra raises for
+    what it cannot compose.
     """
     # hydra.compose is for a process in which no Hydra script runs.
     loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))

@@ -144,6 +144,7 @@ class Model(Place):
     slicing: bool = False
     controlnet: Place | None = None
     control_image: FilePath | None = None
+    published_damping: dict[str, Positive] | None = None  # by evaluations, and "else"
 
 
 @dataclass
@@ -154,6 +155,7 @@ class Solver:
     scheduler: Made
     step: dict[str, Any] | None = None
     published_target: Text | None = None
+    published_damping: Positive | None = None  # whatever the model
 
 
 @dataclass

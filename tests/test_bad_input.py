@@ -74,7 +74,7 @@ VALUES = {
     "solver=pndm grid=karras": "grid=karras: pndm.*leading",
     "solver=flow_euler": "solver=flow_euler: not for cifar10.*DDPMScheduler",
     "solver=ipndm_diffusers": "solver=ipndm_diffusers: not for cifar10",
-    "solver=ddim_released": "lml.anchor=history: the released code has ema",
+    "solver=authors_ddim_lm lml=default": "lml.anchor=history: the released code has ema",
     "metrics=ideal_direction": "needs a model whose score is known.*model=gaussian",
     "metrics=hessian": "needs a model whose score is known",
     "metrics=correction_cosine metrics.correction_cosine.count=0": "count=0: expected a whole",

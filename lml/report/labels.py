@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lml.configs import CONFIGS, compose
+from lml import configs
 from lml.correction import METHOD_VERSION
 from lml.seals import canonical
 
@@ -22,10 +22,10 @@ PRESETS = (DEFAULT, PUBLISHED)
 
 
 @functools.cache
-def lml_label(options: str, solver: str, nfe: int) -> str:
+def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     """ "off", a preset, "calibrated", or what differs: "rank=3, damping=16".
 
-    `options` are those of the config group `lml`, as JSON.
+    `options` are those of the config group `lml`, as JSON; `solver` and `model` are names.
     """
     ours = _plain(json.loads(options))
     if not ours.get("rank"):
@@ -35,16 +35,16 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
     older = [] if version == METHOD_VERSION else [f"method {version}"]
     if (name := ours.pop("name", None)) in CALIBRATIONS:  # the dampings are each run's own
         return ", ".join([name, *older])
-    changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
+    changes = {name: _changes(ours, _preset(name, solver, nfe, model)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
     base = [] if name == DEFAULT and changes[name] else [name]
     return ", ".join([*base, *changes[name], *older])
 
 
-def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
-    # what it refers to: the published target is the solver's, its damping that of the evaluations
-    around = {"solver": {}, **_option("solver", solver), "nfe": nfe}
-    cfg = OmegaConf.create({**_option("lml", name), **around})
+def _preset(name: str, solver: str, nfe: int, model: str) -> dict[str, Any]:
+    # what it refers to: the published target is the solver's, its damping that of the model and nfe
+    around = {"solver": _option("solver", solver), "model": _option("model", model), "nfe": nfe}
+    cfg = OmegaConf.create({"lml": _option("lml", name), **around})
     return _plain(OmegaConf.to_container(cfg.lml, resolve=True))
 
 
@@ -56,8 +56,7 @@ def _plain(lml: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def solver_label(name: str, options: str) -> str:
     """The solver's name, and which of its `options` (scheduler and step, as JSON) are its own."""
-    config = _option("solver", name).get("solver")
-    if config is None:
+    if not (config := _option("solver", name)):
         return name
     ours = json.loads(options)
     scheduler, step = (_changes(ours[k], config.get(k) or {}) for k in ("scheduler", "step"))
@@ -66,11 +65,11 @@ def solver_label(name: str, options: str) -> str:
 
 @functools.cache
 def _option(group: str, name: str) -> dict[str, Any]:
-    """What the option adds to a config, not resolved; nothing where the group has none such."""
+    """The option, not resolved; nothing where the group has none such."""
     # by the names that there are: `name` may be what somebody else's run says
-    if name not in [file.stem for file in (CONFIGS / group).glob("*.yaml")]:
+    if name not in configs.names(group):
         return {}
-    return OmegaConf.to_container(compose(f"+{group}={name}"))
+    return OmegaConf.to_container(configs.option(group, name))
 
 
 def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

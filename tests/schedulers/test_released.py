@@ -88,13 +88,13 @@ def test_a_run_counts_images_that_are_not_finite(script, tmp_path):
     arguments = [*model, "num_images=20", "batch_size=8", "nfe=4", "threads=1"]
     arguments += ["metrics=correction_cosine"]
     values = {}
-    for solver in ("dpmsolver", "dpmsolver_released"):
+    for solver in ("dpmsolver", "authors_dpm_lm"):
         outcome = script("sample", *arguments, f"solver={solver}", f"run_dir={solver}")
         assert (outcome.code, outcome.err) == (0, "")
         result = json.loads((tmp_path / solver / "metrics.json").read_text())["correction_cosine"]
         values[solver] = result["value"]
     assert values["dpmsolver"] == pytest.approx({"cosine": 1, "min": 1, "non_finite": 0})
-    assert values["dpmsolver_released"]["cosine"] < 0.9
-    images = (tmp_path / "dpmsolver_released/images").iterdir()
+    assert values["authors_dpm_lm"]["cosine"] < 0.9
+    images = (tmp_path / "authors_dpm_lm/images").iterdir()
     black = sum(not np.asarray(Image.open(file)).any() for file in images)
-    assert values["dpmsolver_released"]["non_finite"] == black > 0
+    assert values["authors_dpm_lm"]["non_finite"] == black > 0
