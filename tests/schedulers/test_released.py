@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import torch
 from along import along
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from lml.correction import LMLCorrection
-from lml.schedulers.released import ReleasedCorrection, ReleasedDDIMScheduler
+from lml.schedulers import LMLFlowMatchEulerDiscreteScheduler
+from lml.schedulers.released import (
+    ReleasedCorrection,
+    ReleasedDDIMScheduler,
+    ReleasedFlowMatchEulerDiscreteScheduler,
+)
 
 OPTIONS = {"rank": 1, "damping_scale": "absolute", "anchor": "ema"}
 
@@ -80,6 +86,54 @@ def test_saved_and_loaded(tmp_path):
     loaded = ReleasedDDIMScheduler.from_pretrained(tmp_path)
     assert isinstance(loaded.correction, ReleasedCorrection)
     assert (loaded.config.damping, loaded.config.target) == (5e-3, "direction")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_flow_matching_corrects_the_velocity_in_float32(dtype, kappa):
+    """As in their FLUX, on packed latents (B, tokens, channels), whatever the type of the rest."""
+    made = ReleasedFlowMatchEulerDiscreteScheduler(**OPTIONS, damping=1e-2, kappa=kappa, shift=3.0)
+    made.set_timesteps(4)
+    generator = torch.Generator().manual_seed(0)
+    x, previous = torch.randn(2, 64, 16, generator=generator).to(dtype), None
+    for k, t in enumerate(made.timesteps):
+        velocity = torch.randn(2, 64, 16, generator=generator).to(dtype)
+        g = velocity.float()
+        u = g if previous is None else kappa * previous + (1 - kappa) * g
+        inner, square = ((a * b).sum((1, 2), keepdim=True) for a, b in ((g, u), (u, u)))
+        d = g - u * inner / (1e-2 + square)
+        d = d * (g * g).sum((1, 2), keepdim=True).sqrt() / (d * d).sum((1, 2), keepdim=True).sqrt()
+        step = made.sigmas[k + 1] - made.sigmas[k]
+        expected = (x.float() + step * d).to(dtype)
+        x = made.step(velocity, t, x, return_dict=k % 2 == 0)[0]
+        assert x.dtype == dtype and torch.equal(x, expected)
+        previous = g
+
+
+def test_flow_matching_without_a_correction_is_the_base_solver():
+    made, plain = ReleasedFlowMatchEulerDiscreteScheduler(rank=0), FlowMatchEulerDiscreteScheduler()
+    x = v = directions(1)[0].bfloat16()
+    for scheduler in (made, plain):
+        scheduler.set_timesteps(4)
+    ours, theirs = (s.step(v, s.timesteps[0], x).prev_sample for s in (made, plain))
+    assert torch.equal(ours, theirs)
+
+
+def test_flow_matching_in_float32_is_rounding_and_in_ours_the_base_solver():
+    options = {**OPTIONS, "damping": 1e-2, "kappa": 0.0}
+    x, v = 16 * directions(2)[0].float(), 16 * directions(2)[1].float()
+    ends = {}
+    for cls in (
+        FlowMatchEulerDiscreteScheduler,
+        LMLFlowMatchEulerDiscreteScheduler,
+        ReleasedFlowMatchEulerDiscreteScheduler,
+    ):
+        made = cls(**({} if cls is FlowMatchEulerDiscreteScheduler else options))
+        made.set_timesteps(4)
+        ends[cls] = made.step(v, made.timesteps[0], x).prev_sample
+    base, ours, released = ends.values()
+    assert torch.equal(ours, base)
+    assert (released - base).norm() > 0.1 * (base - x).norm()
 
 
 def test_a_run_counts_images_that_are_not_finite(script, tmp_path):
