@@ -145,6 +145,7 @@ class Model(Place):
     controlnet: Place | None = None
     control_image: FilePath | None = None
     published_damping: dict[str, Positive] | None = None  # by evaluations, and "else"
+    aligned_timesteps: list[Count] | None = None
 
 
 @dataclass
@@ -164,6 +165,7 @@ class Grid:
 
     name: Text | None = None
     of_model: bool = False
+    aligned_timesteps: list[Count] | None = None
 
 
 @dataclass

@@ -16,10 +16,12 @@ from lml import configs, schema
 from lml.damping import GRIDS
 from lml.errors import UserError, first_line, nearest
 from lml.pipelines import Model
+from lml.schedulers import aligned
 from lml.schema import check_call
 
 # Options of a scheduler that choose its grid of timesteps: what the config group `grid` sets.
 GRID = ("timestep_spacing", *GRIDS)
+ALIGNED = aligned.OPTION.name
 OWN_GRID = "of_model"  # of that group: whether the model's own are taken
 # Options of a scheduler that are the model's whatever the solver, as it was trained with them.
 NOISE_SCHEDULE = (
@@ -50,6 +52,9 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     }
     schema.check(cfg["grid"], schema.Grid, "grid")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    if groups["grid"].get(ALIGNED, ()) is None:
+        fitting = ", ".join(_models_with_aligned_timesteps())
+        raise UserError(f"grid={cfg['grid'].get('name')}: not for {model.name}; for {fitting}")
     _check_options(groups, cls, known, cfg)
     _check_step(cfg["solver"].get("step") or {}, cls, name)
     own = _options_of(model, name, known, cfg["grid"].get(OWN_GRID, False))
@@ -137,6 +142,10 @@ def _fitting_grids(known: set[str]) -> list[str]:
         for name in configs.names("grid")
         if set(configs.option("grid", name)) - {"name", OWN_GRID} <= known
     ]
+
+
+def _models_with_aligned_timesteps() -> list[str]:
+    return [name for name in configs.names("model") if configs.option("model", name).get(ALIGNED)]
 
 
 def read_solver(name: str, key: str) -> dict[str, Any]:

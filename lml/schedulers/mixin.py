@@ -13,6 +13,10 @@ beside the parent's own. `target` says which direction g is corrected:
 - "direction": the re-noising term alone, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
 
 With `rank=0` a scheduler is its parent, bit for bit.
+
+Solvers that take `timesteps` in `set_timesteps` have the option `aligned_timesteps`, a list: the
+grid for as many steps, such as those of Align Your Steps; `lml.schedulers.aligned` makes that of
+any other number of steps from it.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from lml.correction import LMLCorrection
 from lml.damping import GRIDS, default_damping
+from lml.schedulers import aligned
 from lml.schedulers.prediction import change_noise
 
 
@@ -91,10 +96,18 @@ class LMLSchedulerMixin:
             self.correction = self.correction_class(**options)
             self.register_to_config(**{name: getattr(self.correction, name) for name in options})
             self._forget()
-            parent_init(self, *args, **kwargs)
+            self._aligned = None
+            if not aligned.takes_grid(parent):
+                parent_init(self, *args, **kwargs)
+                return
+            grid = kwargs.pop(aligned.OPTION.name, None)
+            parent_init(self, *args, **kwargs)  # which may make a grid of all timesteps
+            self._aligned = aligned.check_grid(grid, self.config.num_train_timesteps)
+            self.register_to_config(**{aligned.OPTION.name: self._aligned})
 
         own = inspect.signature(parent_init)
-        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *PARAMETERS])
+        more = [*PARAMETERS, aligned.OPTION] if aligned.takes_grid(parent) else PARAMETERS
+        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])
         cls.__init__ = register_to_config(init)
 
     @classmethod
@@ -111,7 +124,21 @@ class LMLSchedulerMixin:
             )
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the parent's; forgets all anchors."""
+        """As the parent's; forgets all anchors.
+
+        A number of steps gives those of `aligned_timesteps`, where the scheduler has some.
+
+        Raises:
+            ValueError: there are too few timesteps for them.
+        """
+        if self._aligned:
+            call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
+            given = {key for key, value in call.arguments.items() if value is not None}
+            if not given & {"timesteps", "sigmas"} and "num_inference_steps" in given:
+                steps = call.arguments.pop("num_inference_steps")
+                grid = aligned.interpolate(self._aligned, steps, self.alphas_cumprod)
+                call.arguments["timesteps"] = grid
+            args, kwargs = call.args, call.kwargs
         super().set_timesteps(*args, **kwargs)
         self._forget()
 

@@ -22,6 +22,12 @@ from lml.correction import LMLCorrection
 from lml.data.assets import ROOT
 
 CLASSES = schedulers.LMLSchedulerMixin.__subclasses__()
+TAKES_GRID = {  # whose set_timesteps takes timesteps on a noise schedule of betas
+    schedulers.LMLDPMSolverMultistepScheduler,
+    schedulers.LMLDPMSolverSinglestepScheduler,
+    schedulers.LMLEulerDiscreteScheduler,
+    schedulers.LMLHeunDiscreteScheduler,
+}
 TARGETS = [(cls, target) for cls in CLASSES for target in cls.targets]
 STEPS = 8
 # The noise levels of Stable Video Diffusion.
@@ -427,7 +433,8 @@ def test_signatures_are_the_parents(cls):
     for name in ("step", "set_timesteps"):
         assert inspect.signature(getattr(cls, name)) == inspect.signature(getattr(parent, name))
     own = list(inspect.signature(cls).parameters)
-    assert own == [*inspect.signature(parent).parameters, *schedulers.OPTIONS]
+    grid = ["aligned_timesteps"] if cls in TAKES_GRID else []
+    assert own == [*inspect.signature(parent).parameters, *schedulers.OPTIONS, *grid]
     correction = inspect.signature(LMLCorrection).parameters
     for name in set(schedulers.OPTIONS) - {"target"}:
         assert inspect.signature(cls).parameters[name].default == correction[name].default
