@@ -37,6 +37,7 @@ GRIDS = {
     "use_exponential_sigmas": 16.0,
     "use_beta_sigmas": 16.0,
     "use_lu_lambdas": 16.0,
+    "aligned_timesteps": 16.0,
 }
 
 

@@ -153,7 +153,7 @@ def _name_sampler(config: dict) -> str:
     """Solver, evaluations, and LML's label in tables, or its hash if the label is too long."""
     solver = plain_name(config["solver"]["name"], "solver.name")
     lml = canonical(config["lml"])
-    label = lml_label(lml, solver, config["nfe"])
+    label = lml_label(lml, solver, config["nfe"], config["model"]["name"])
     if label == OFF:
         return f"{solver}-{config['nfe']}"
     name = f"{solver}-{config['nfe']}-lml-"

@@ -145,6 +145,8 @@ class Model(Place):
     slicing: bool = False
     controlnet: Place | None = None
     control_image: FilePath | None = None
+    published_damping: dict[str, Positive] | None = None  # by evaluations, and "else"
+    aligned_timesteps: list[Count] | None = None
 
 
 @dataclass
@@ -155,6 +157,7 @@ class Solver:
     scheduler: Made
     step: dict[str, Any] | None = None
     published_target: Text | None = None
+    published_damping: Positive | None = None  # whatever the model
 
 
 @dataclass
@@ -163,6 +166,7 @@ class Grid:
 
     name: Text | None = None
     of_model: bool = False
+    aligned_timesteps: list[Count] | None = None
 
 
 @dataclass

@@ -397,7 +397,7 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
         ),
         (["fine.solver=none"], "fine.solver=none"),
         (["searched=0"], "searched=0"),
-        (["solver=dpmsolver_released"], "released"),
+        (["solver=authors_dpm_lm"], "released"),
     ],
 )
 def test_bad_input_is_one_line(script, tmp_path, arguments, message):

@@ -24,8 +24,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TOY = ["num_images=2", "batch_size=2", "nfe=5", "threads=1", "metrics=none"]
 
 
-def names(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+names = configs.names
+FLOW_SOLVERS = {"flow_euler", "authors_fm_euler", "authors_lml_euler"}
+
+
+def toy_model(solver: str) -> str:
+    return "gaussian_flow" if solver in FLOW_SOLVERS else "gaussian"
 
 
 def composed(*overrides: str, config: str = "sample") -> dict:
@@ -56,9 +60,7 @@ def test_an_option_by_itself_is_what_the_command_line_makes_of_it(option):
     group = option.split("=")[0]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         whole = OmegaConf.to_container(compose("sample", [option]))
-    alone = OmegaConf.to_container(configs.compose(f"+{option}"))
-    assert alone.setdefault(group, {}) == whole[group]
-    assert alone == {key: whole[key] for key in alone}
+    assert OmegaConf.to_container(configs.option(*option.split("="))) == whole[group]
 
 
 def test_configs_are_composed_in_one_way():
@@ -75,14 +77,13 @@ def test_configs_are_composed_in_one_way():
 @pytest.mark.parametrize("solver", names("solver"))
 @pytest.mark.parametrize("lml", sorted({*names("lml")} - {"calibrated"}))  # of a stored file
 def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
-    model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")
-    more = []
+    model, more = toy_model(solver), []
     schedule = "model.scheduler={_target_:diffusers.IPNDMScheduler}"
     if solver == "ipndm_diffusers":
         more += ["~model.scheduler", "+" + schedule]
     cfg = composed(f"solver={solver}", f"lml={lml}", f"model={model}", *more)
     found = pixel.find_pixel_model(cfg["model"])
-    if solver.endswith("_released") and lml == "default":
+    if ".released." in cfg["solver"]["scheduler"]["_target_"] and lml == "default":
         with pytest.raises(UserError, match=r"^lml\.anchor=history: the released code has ema"):
             make_scheduler(cfg, found)
         return
@@ -91,7 +92,7 @@ def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
     for key, value in {**cfg["lml"], **cfg["grid"], **cfg["solver"]["scheduler"]}.items():
         if key not in ("name", "_target_"):
             assert made.config[key] == value
-    assert find_steps(made, 5, solver) >= 1
+    assert find_steps(made, 13, solver) >= 1
 
 
 @pytest.mark.parametrize(
@@ -105,9 +106,8 @@ def test_what_the_authors_correct(solver, target):
 
 @pytest.mark.parametrize("solver", [s for s in names("solver") if s != "ipndm_diffusers"])
 def test_every_solver_runs(script, tmp_path, solver):
-    model = {"flow_euler": "gaussian_flow"}.get(solver, "gaussian")
-    lml = "published" if solver.endswith("_released") else "default"
-    arguments = [f"model={model}", f"solver={solver}", f"lml={lml}", "run_dir=run"]
+    nfe = 14 if solver == "authors_pndm" else 5
+    arguments = [f"model={toy_model(solver)}", f"solver={solver}", f"nfe={nfe}", "run_dir=run"]
     outcome = script("sample", *TOY, *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert len(list((tmp_path / "run/images").iterdir())) == 2
@@ -120,18 +120,42 @@ def test_every_solver_runs(script, tmp_path, solver):
         (["nfe=20"], 5e-4),
         (["nfe=100"], 5e-5),
         (["nfe=11"], 1e-3),  # not in the authors' table
+        (["nfe=5", "model=ideal_cifar10"], 8e-4),
         (["nfe=5", "lml.damping=5e-3"], 5e-3),
+        (["nfe=5", "model=celebahq_ldm"], 5e-3),
+        (["nfe=5", "model=sd15"], 1e-3),
+        (["nfe=5", "model=sd15_pose"], 1e-3),
+        (["nfe=10", "model=sd2_base"], 1e-3),
+        (["nfe=10", "model=sd15", "solver=authors_coco_dpmpp_lm"], 1e-3),
+        (["nfe=10", "model=sd15", "solver=authors_compbench_dpm_lm"], 6e-3),
+        (["nfe=10", "model=sdxl"], 6e-3),
+        (["nfe=10", "model=pixart", "solver=authors_dpm_lm"], 6e-3),
+        (["nfe=10", "model=flux", "solver=authors_lml_euler"], 1e-2),
+        (["nfe=5", "model=gaussian"], 1e-3),  # none of theirs
     ],
 )
-def test_the_published_damping_goes_by_the_number_of_steps(arguments, damping):
+def test_the_published_damping_goes_by_the_model_and_the_number_of_steps(arguments, damping):
     assert composed("lml=published", *arguments)["lml"]["damping"] == damping
+
+
+@pytest.mark.parametrize("solver", [s for s in names("solver") if s.startswith("authors_")])
+def test_a_preset_of_the_authors_has_its_correction_with_it(solver):
+    """Unless another is asked for, by the command line or by an experiment."""
+    cfg = composed(f"solver={solver}")
+    assert (cfg["solver"]["name"], cfg["lml"]["rank"]) == (solver, 1 if "lm" in solver else 0)
+    if cfg["lml"]["rank"]:
+        assert cfg["lml"] == composed("lml=published", f"solver={solver}")["lml"]
+    assert composed(f"solver={solver}", "lml=default")["lml"] == composed()["lml"]
+    audit = composed("experiment=audit", f"solver={solver}", "model=cifar10")
+    assert audit["lml"]["anchor"] == "ema"
 
 
 @pytest.mark.parametrize("grid", names("grid"))
 def test_every_grid_runs_and_differs(script, toy, tmp_path, grid):
-    outcome = script("sample", *toy, f"grid={grid}", "nfe=6", "run_dir=run")
+    more = ["+model.aligned_timesteps=[900,500,100]"] if grid == "ays" else []  # the models' own
+    outcome = script("sample", *toy, f"grid={grid}", *more, "nfe=6", "run_dir=run")
     assert (outcome.code, outcome.err) == (0, "")
-    cfg = composed(f"grid={grid}", "model=gaussian")
+    cfg = composed(f"grid={grid}", "model=gaussian", *more)
     plain = composed("model=gaussian")
     model = pixel.find_pixel_model(cfg["model"])
     ours, default = (make_scheduler(c, model) for c in (cfg, plain))

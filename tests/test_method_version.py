@@ -39,7 +39,11 @@ def cases() -> dict[str, tuple[type, dict]]:
         found.append((cls, {"rank": 2}))
         found += [(cls, {"rank": 2, "damping": 2.0, "target": target}) for target in cls.targets]
     found += [(schedulers.LMLDPMSolverMultistepScheduler, options) for options in OTHERS]
-    for cls in (released.ReleasedDDIMScheduler, released.ReleasedDPMSolverMultistepScheduler):
+    for cls in (
+        released.ReleasedDDIMScheduler,
+        released.ReleasedDPMSolverMultistepScheduler,
+        released.ReleasedFlowMatchEulerDiscreteScheduler,
+    ):
         found += [(cls, {**RELEASED, "target": target}) for target in cls.targets]
     return {f"{cls.__name__} {json.dumps(options)}": (cls, options) for cls, options in found}
 

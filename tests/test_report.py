@@ -248,18 +248,26 @@ def test_markdown_and_csv_have_all_of_it():
 )
 def test_labels_of_what_differs_from_the_default(changes, label):
     options = canonical({**DEFAULT, **changes})
-    assert labels.lml_label(options, "dpmsolverpp", 5) == label
+    assert labels.lml_label(options, "dpmsolverpp", 5, "cifar10") == label
 
 
 @pytest.mark.parametrize(("solver", "target"), [("ddim", "direction"), ("unipc", "increment")])
 def test_the_published_setting_is_told_by_its_solver_and_evaluations(solver, target):
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/lml/published.yaml"))
-    options = {**DEFAULT, **config["lml"], "target": target, "damping": 8e-4}
-    assert labels.lml_label(canonical(options), solver, 5) == "published"
-    assert labels.lml_label(canonical(options), solver, 8) == "published, damping=0.0008"
+    options = {**DEFAULT, **config, "target": target, "damping": 8e-4}
+
+    def label(nfe: int, model: str = "cifar10", solver: str = solver) -> str:
+        return labels.lml_label(canonical(options), solver, nfe, model)
+
+    assert label(5) == label(10, "cifar10_ddpm") == "published"
+    assert label(8) == label(5, "gaussian") == label(5, "sd15") == "published, damping=0.0008"
     options["damping"] = 1e-3
-    assert labels.lml_label(canonical(options), solver, 8) == "published"
-    assert labels.lml_label(canonical(options), solver, 11) == "published"
+    assert label(8) == label(11) == label(5, "sd15") == label(5, "of_a_plugin") == "published"
+    options["damping"] = 6e-3
+    assert label(10, "sdxl") == "published"
+    assert label(10, "sd15") == "published, damping=0.006"
+    options["target"] = "increment"
+    assert label(10, "sd15", "authors_compbench_dpm_lm") == "published"
 
 
 def test_a_solver_is_told_by_its_options():
@@ -269,13 +277,8 @@ def test_a_solver_is_told_by_its_options():
     assert labels.solver_label("of_a_plugin", "{}") == "of_a_plugin"
     name = "lml.schedulers.released.ReleasedDPMSolverMultistepScheduler"  # on top of dpmsolver
     released = options("dpmsolver").replace("lml.schedulers.LMLDPMSolverMultistepScheduler", name)
-    assert labels.solver_label("dpmsolver_released", released) == "dpmsolver_released"
-    older = released.replace("lml.schedulers.released.", "lml.released.")  # where the class was
-    assert labels.solver_label("dpmsolver_released", older) == "dpmsolver_released"
-    other = released.replace("Released", "Other")
-    assert labels.solver_label("dpmsolver_released", other).startswith(
-        "dpmsolver_released, _target"
-    )
+    assert labels.solver_label("authors_dpm_lm", released) == "authors_dpm_lm"
+    assert labels.solver_label("authors_dpm", released) == f"authors_dpm, _target_={name}"
 
 
 def forget():
@@ -284,8 +287,7 @@ def forget():
 
 
 def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
-    for module in (labels, configs):
-        monkeypatch.setattr(module, "CONFIGS", tmp_path)
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path)
     (tmp_path / "lml").mkdir()
     for name in labels.PRESETS:
         changed = {**CONFIG, "damping": "${nfe}"} | ({"rank": 9} if name != "default" else {})
@@ -293,8 +295,8 @@ def test_labels_follow_the_defaults_of_today(tmp_path, monkeypatch):
     forget()
     try:
         options = canonical({**DEFAULT, "damping": 8})
-        assert labels.lml_label(options, "ddim", 8) == "default"
-        assert labels.lml_label(canonical(DEFAULT), "ddim", 9) == "damping=None"
+        assert labels.lml_label(options, "ddim", 8, "cifar10") == "default"
+        assert labels.lml_label(canonical(DEFAULT), "ddim", 9, "cifar10") == "damping=None"
     finally:
         forget()
 
@@ -326,10 +328,10 @@ def test_another_version_of_the_method_is_another_setting(monkeypatch, version, 
     """Runs that do not say theirs are from before there was another."""
     monkeypatch.setattr(labels, "METHOD_VERSION", 1)
     forget()
-    assert labels.lml_label(canonical({**CONFIG, **version}), "ddim", 5) == label
+    assert labels.lml_label(canonical({**CONFIG, **version}), "ddim", 5, "cifar10") == label
     monkeypatch.setattr(labels, "METHOD_VERSION", 2)
     forget()
-    assert (labels.lml_label(canonical(CONFIG), "ddim", 5)) == "default, method 1"
+    assert (labels.lml_label(canonical(CONFIG), "ddim", 5, "cifar10")) == "default, method 1"
     forget()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lml.configs import CONFIGS, compose
+from lml import configs
 from lml.correction import METHOD_VERSION
 from lml.seals import canonical
 
@@ -23,11 +23,24 @@ PRESETS = (DEFAULT, PUBLISHED)
 # The usual names, for figures. Tables have the names of the configs, which users type.
 
 SOLVERS = {
+    "authors_coco_dpmpp": "DPM-Solver++({order}M), authors' for COCO",
+    "authors_coco_dpmpp_lm": "DPM-Solver++({order}M), released LML for COCO",
+    "authors_compbench_dpm": "DPM-Solver++({order}M), authors' for T2I-CompBench",
+    "authors_compbench_dpm_lm": "DPM-Solver++({order}M), released LML for T2I-CompBench",
+    "authors_ddim": "DDIM, authors'",
+    "authors_ddim_lm": "DDIM, released LML",
+    "authors_dpm": "DPM-Solver-{order}, authors'",
+    "authors_dpm_lm": "DPM-Solver-{order}, released LML",
+    "authors_dpmpp": "DPM-Solver++({order}M), authors'",
+    "authors_fm_euler": "Euler (flow matching), authors'",
+    "authors_lml_euler": "Euler (flow matching), released LML",
+    "authors_pndm": "PNDM, authors'",
+    "authors_unipc": "UniPC-{order}, authors'",
     "ddim": "DDIM",
-    "ddim_released": "DDIM (released)",
     "deis": "DEIS-{order}",
+    "ddim_released": "DDIM, released LML",  # in results older than the authors' presets
     "dpmsolver": "DPM-Solver-{order}",
-    "dpmsolver_released": "DPM-Solver-{order} (released)",
+    "dpmsolver_released": "DPM-Solver-{order}, released LML",
     "dpmsolver_singlestep": "DPM-Solver++({order}S)",
     "dpmsolverpp": "DPM-Solver++({order}M)",
     "euler": "Euler",
@@ -40,6 +53,7 @@ SOLVERS = {
     "unipc": "UniPC-{order}",
 }
 GRIDS = {
+    "ays": "Align Your Steps",
     "default": "default grid",
     "karras": "Karras",
     "lu": "uniform log-SNR",
@@ -93,10 +107,10 @@ METRICS = {
 
 
 @functools.cache
-def lml_label(options: str, solver: str, nfe: int) -> str:
+def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     """ "off", a preset, "calibrated", or the differences: "rank=3, damping=16".
 
-    `options` are those of the config group `lml`, as JSON.
+    `options` are those of the config group `lml`, as JSON; `solver` and `model` are names.
     """
     ours = _plain(json.loads(options))
     if not ours.get("rank"):
@@ -106,16 +120,16 @@ def lml_label(options: str, solver: str, nfe: int) -> str:
     older = [] if version == METHOD_VERSION else [f"method {version}"]
     if (name := ours.pop("name", None)) in CALIBRATIONS:  # dampings differ from run to run
         return ", ".join([name, *older])
-    changes = {name: _changes(ours, _preset(name, solver, nfe)) for name in PRESETS}
+    changes = {name: _changes(ours, _preset(name, solver, nfe, model)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))
     base = [] if name == DEFAULT and changes[name] else [name]
     return ", ".join([*base, *changes[name], *older])
 
 
-def _preset(name: str, solver: str, nfe: int) -> dict[str, Any]:
-    # the preset refers to these: its target belongs to the solver, its damping to the evaluations
-    around = {"solver": {}, **_option("solver", solver), "nfe": nfe}
-    cfg = OmegaConf.create({**_option("lml", name), **around})
+def _preset(name: str, solver: str, nfe: int, model: str) -> dict[str, Any]:
+    # the published target belongs to the solver, the published damping to the model and nfe
+    around = {"solver": _option("solver", solver), "model": _option("model", model), "nfe": nfe}
+    cfg = OmegaConf.create({"lml": _option("lml", name), **around})
     return _plain(OmegaConf.to_container(cfg.lml, resolve=True))
 
 
@@ -127,8 +141,7 @@ def _plain(lml: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def solver_label(name: str, options: str) -> str:
     """The solver's name, and those `options` (scheduler and step, as JSON) that differ."""
-    config = _option("solver", name).get("solver")
-    if config is None:
+    if not (config := _option("solver", name)):
         return name
     ours = json.loads(options)
     parts = ((ours[k], config.get(k) or {}) for k in ("scheduler", "step"))
@@ -146,9 +159,9 @@ def _moved(options: Mapping[str, Any]) -> dict[str, Any]:
 def _option(group: str, name: str) -> dict[str, Any]:
     """The config of an option, not resolved; {} if the group does not have it."""
     # only existing names are composed: `name` may come from somebody else's run
-    if name not in [file.stem for file in (CONFIGS / group).glob("*.yaml")]:
+    if name not in configs.names(group):
         return {}
-    return OmegaConf.to_container(compose(f"+{group}={name}"))
+    return OmegaConf.to_container(configs.option(group, name))
 
 
 def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

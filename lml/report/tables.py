@@ -167,7 +167,7 @@ def row_of(result: Result) -> Row:
         result.dtype,
         result.protocol,
     )
-    lml = labels.lml_label(result.lml, result.solver, result.nfe)
+    lml = labels.lml_label(result.lml, result.solver, result.nfe, result.model)
     return Row(group, labels.solver_label(result.solver, result.solver_options), result.grid, lml)
 
 
@@ -232,7 +232,7 @@ def _row_of_cell(cell: Cell, rows: Sequence[Row]) -> Row:
     group = Group(cell.model, "", "", cell.num_images, cell.dtype, "")
     if len(groups) == 1:
         (group,) = groups
-    lml = labels.lml_label(json.dumps(cell.lml), cell.solver, cell.nfe)
+    lml = labels.lml_label(json.dumps(cell.lml), cell.solver, cell.nfe, cell.model)
     return Row(group, cell.solver, cell.grid, lml)
 
 

@@ -12,15 +12,16 @@ from diffusers import SchedulerMixin
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from lml import schema
-from lml.configs import CONFIGS, compose
+from lml import configs, schema
 from lml.damping import GRIDS
 from lml.errors import UserError, first_line, nearest
 from lml.pipelines import Model
+from lml.schedulers import aligned
 from lml.schema import check_call
 
 # Options of a scheduler that choose its grid of timesteps. The config group `grid` sets them.
 GRID = ("timestep_spacing", *GRIDS)
+ALIGNED = aligned.OPTION.name
 OWN_GRID = "of_model"  # key of that group: whether to use the grid of the model's own scheduler
 # Options of a scheduler that the model was trained with, so that every solver takes them.
 NOISE_SCHEDULE = (
@@ -51,6 +52,9 @@ def make_scheduler(cfg: Mapping[str, Any], model: Model) -> SchedulerMixin:
     }
     schema.check(cfg["grid"], schema.Grid, "grid")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    if groups["grid"].get(ALIGNED, ()) is None:
+        fitting = ", ".join(_models_with_aligned_timesteps())
+        raise UserError(f"grid={cfg['grid'].get('name')}: not for {model.name}; for {fitting}")
     _check_options(groups, cls, known, cfg)
     _check_step(cfg["solver"].get("step") or {}, cls, name)
     own = _options_of(model, name, known, cfg["grid"].get(OWN_GRID, False))
@@ -135,18 +139,22 @@ def _options_of(model: Model, name: str, known: set[str], own_grid: bool) -> dic
 
 
 def _fitting_grids(known: set[str]) -> list[str]:
-    names = sorted(file.stem for file in (CONFIGS / "grid").glob("*.yaml"))
     return [
-        name for name in names if set(compose(f"+grid={name}").grid) - {"name", OWN_GRID} <= known
+        name
+        for name in configs.names("grid")
+        if set(configs.option("grid", name)) - {"name", OWN_GRID} <= known
     ]
+
+
+def _models_with_aligned_timesteps() -> list[str]:
+    return [name for name in configs.names("model") if configs.option("model", name).get(ALIGNED)]
 
 
 def read_solver(name: str, key: str) -> dict[str, Any]:
     """The config group solver=`name`. UserError, beginning with `key`, if there is none."""
-    known = [file.stem for file in (CONFIGS / "solver").glob("*.yaml")]
-    if name not in known:
+    if name not in (known := configs.names("solver")):
         raise UserError(f"{key}={schema.shown(name)}: unknown; nearest: {nearest(name, known)}")
-    return OmegaConf.to_container(compose(f"+solver={name}").solver)
+    return OmegaConf.to_container(configs.option("solver", name))
 
 
 def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
@@ -154,7 +162,7 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
 
     UserError, with the nearest possible numbers of evaluations, if there is no such number.
     """
-    highest = scheduler.config.num_train_timesteps
+    highest, reasons = scheduler.config.num_train_timesteps, []
     if nfe > highest:
         raise UserError(f"nfe={nfe}: at most {highest}, the number of the model's timesteps")
 
@@ -164,13 +172,16 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
         try:
             scheduler.set_timesteps(steps, **mu)
         except Exception as error:  # a solver may raise anything for such a grid
-            raise UserError(f"nfe={nfe}: not for {solver} ({first_line(error)})") from None
+            reasons.append(first_line(error))
+            return 0  # PNDM's Runge-Kutta steps need four
         return len(scheduler.timesteps)
 
-    steps = 1 + bisect.bisect_left(range(1, nfe + 1), nfe, key=evaluations)
+    steps = 1 + bisect.bisect_left(range(1, max(nfe, 4) + 1), nfe, key=evaluations)
     above = evaluations(steps)
+    if not above:
+        raise UserError(f"nfe={nfe}: not for {solver} ({reasons[0]})")
     if above != nfe:
-        below = [evaluations(steps - 1)] if steps > 1 else []
-        reachable = " or ".join(map(str, [*below, above]))
+        below = evaluations(steps - 1) if steps > 1 else 0
+        reachable = " or ".join(str(number) for number in (below, above) if number)
         raise UserError(f"nfe={nfe}: {solver} can make {reachable}")
     return steps

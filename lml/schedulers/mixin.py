@@ -13,6 +13,10 @@ Each class adds to its diffusers parent the options of `lml.correction.LMLCorrec
 - "direction": only the re-noising term, x_s = alpha_s x0 + sigma_s g with x0 uncorrected.
 
 With `rank=0` a scheduler gives the same result as its parent, bit for bit.
+
+Solvers that take `timesteps` in `set_timesteps` have the option `aligned_timesteps`, a list: the
+grid for as many steps, such as those of Align Your Steps. `lml.schedulers.aligned` interpolates it
+for other numbers of steps.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from lml.correction import LMLCorrection
 from lml.damping import GRIDS, default_damping
+from lml.schedulers import aligned
 from lml.schedulers.prediction import change_noise
 
 
@@ -92,10 +97,18 @@ class LMLSchedulerMixin:
             self.correction = self.correction_class(**options)
             self.register_to_config(**{name: getattr(self.correction, name) for name in options})
             self._forget()
-            parent_init(self, *args, **kwargs)
+            self._aligned = None
+            if not aligned.takes_grid(parent):
+                parent_init(self, *args, **kwargs)
+                return
+            grid = kwargs.pop(aligned.OPTION.name, None)
+            parent_init(self, *args, **kwargs)  # which may make a grid of all timesteps
+            self._aligned = aligned.check_grid(grid, self.config.num_train_timesteps)
+            self.register_to_config(**{aligned.OPTION.name: self._aligned})
 
         own = inspect.signature(parent_init)
-        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *PARAMETERS])
+        more = [*PARAMETERS, aligned.OPTION] if aligned.takes_grid(parent) else PARAMETERS
+        init.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])
         cls.__init__ = register_to_config(init)
 
     @classmethod
@@ -112,7 +125,21 @@ class LMLSchedulerMixin:
             )
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the parent's. Also forgets all anchors."""
+        """As the parent's. Also forgets all anchors.
+
+        If the scheduler has `aligned_timesteps`, a number of steps gives timesteps from these.
+
+        Raises:
+            ValueError: there are too few timesteps for them.
+        """
+        if self._aligned:
+            call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
+            given = {key for key, value in call.arguments.items() if value is not None}
+            if not given & {"timesteps", "sigmas"} and "num_inference_steps" in given:
+                steps = call.arguments.pop("num_inference_steps")
+                grid = aligned.interpolate(self._aligned, steps, self.alphas_cumprod)
+                call.arguments["timesteps"] = grid
+            args, kwargs = call.args, call.kwargs
         super().set_timesteps(*args, **kwargs)
         self._forget()
 

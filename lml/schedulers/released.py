@@ -1,7 +1,7 @@
 """The authors' arithmetic, step by step as they released it: for audits, not for use.
 
 Their `lm_correct` and `DDIMLMScheduler` (github.com/zituitui/LML-diffusion-sampler) evaluate, in
-the type of the tensors at hand,
+the type of the tensors at hand (for flow matching always in float32),
 
     u = kappa g_previous + (1 - kappa) g            g itself at the first step
     d = g - u (u.g) / (lambda + |u|^2)              lambda absolute
@@ -15,14 +15,21 @@ the quotient. With the quotient first, d is often exactly zero, and g' is NaN.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+
+import torch
 
 # diffusers looks up the loader of a pipeline's scheduler by this name in this module.
 from diffusers import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
 from lml.correction import LMLCorrection
-from lml.schedulers.solvers import LMLDDIMScheduler, LMLDPMSolverMultistepScheduler
+from lml.schedulers.solvers import (
+    LMLDDIMScheduler,
+    LMLDPMSolverMultistepScheduler,
+    LMLFlowMatchEulerDiscreteScheduler,
+)
 
 
 class ReleasedCorrection(LMLCorrection):
@@ -61,3 +68,22 @@ class ReleasedDPMSolverMultistepScheduler(LMLDPMSolverMultistepScheduler):
 
     correction_class = ReleasedCorrection
     may_diverge = True
+
+
+class ReleasedFlowMatchEulerDiscreteScheduler(LMLFlowMatchEulerDiscreteScheduler):
+    """The authors' `lml_euler`, with target=prediction, which here is the velocity."""
+
+    correction_class = ReleasedCorrection
+    may_diverge = True
+
+    @functools.wraps(LMLFlowMatchEulerDiscreteScheduler.step)
+    def step(self, model_output: Tensor, *args, **kwargs):
+        """As the parent's, in float32; the sample is of the type of `model_output`."""
+        if self.correction.rank == 0:
+            return super().step(model_output, *args, **kwargs)
+        # the correction of a velocity in bfloat16 is not rounded to that before it is added
+        output = super().step(model_output.to(torch.float32), *args, **kwargs)
+        if isinstance(output, tuple):
+            return (output[0].to(model_output.dtype), *output[1:])
+        output.prev_sample = output.prev_sample.to(model_output.dtype)
+        return output

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers import AysSchedules
 from torch import Tensor
 
 from lml import schedulers
@@ -37,6 +38,7 @@ SOLVERS = {
 }
 EVEN_IN_TIME = [{"timestep_spacing": s} for s in ("leading", "linspace", "trailing")]
 EVEN_IN_LOG_SNR = [{option: True} for option in ("use_karras_sigmas", "use_exponential_sigmas")]
+EVEN_IN_LOG_SNR += [{"aligned_timesteps": AysSchedules["StableDiffusionTimesteps"]}]  # nearly
 
 
 @torch.no_grad()

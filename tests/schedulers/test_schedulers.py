@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 from along import along, noise_from
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from lml import schedulers
+from lml import configs, schedulers
 from lml.correction import LMLCorrection
-from lml.data.assets import ROOT
 
 CLASSES = schedulers.LMLSchedulerMixin.__subclasses__()
+TAKES_GRID = {  # whose set_timesteps takes timesteps on a noise schedule of betas
+    schedulers.LMLDPMSolverMultistepScheduler,
+    schedulers.LMLDPMSolverSinglestepScheduler,
+    schedulers.LMLEulerDiscreteScheduler,
+    schedulers.LMLHeunDiscreteScheduler,
+}
 TARGETS = [(cls, target) for cls in CLASSES for target in cls.targets]
 STEPS = 8
 # The noise levels of Stable Video Diffusion.
@@ -102,8 +106,7 @@ def test_every_scheduler_of_the_design_is_there():
 
 def test_every_solver_can_be_imported_and_chosen():
     """By its name in `lml.schedulers`, and by a config."""
-    files = (ROOT / "configs/solver").glob("*.yaml")
-    chosen = {OmegaConf.load(file).scheduler["_target_"] for file in files}
+    chosen = {configs.option("solver", n).scheduler["_target_"] for n in configs.names("solver")}
     for cls in CLASSES:
         assert getattr(schedulers, cls.__name__, None) is cls and cls.__name__ in schedulers.__all__
         assert f"lml.schedulers.{cls.__name__}" in chosen
@@ -427,7 +430,8 @@ def test_signatures_are_the_parents(cls):
     for name in ("step", "set_timesteps"):
         assert inspect.signature(getattr(cls, name)) == inspect.signature(getattr(parent, name))
     own = list(inspect.signature(cls).parameters)
-    assert own == [*inspect.signature(parent).parameters, *schedulers.OPTIONS]
+    grid = ["aligned_timesteps"] if cls in TAKES_GRID else []
+    assert own == [*inspect.signature(parent).parameters, *schedulers.OPTIONS, *grid]
     correction = inspect.signature(LMLCorrection).parameters
     for name in set(schedulers.OPTIONS) - {"target"}:
         assert inspect.signature(cls).parameters[name].default == correction[name].default
@@ -531,9 +535,9 @@ def alpha_sigma(scheduler, timestep) -> tuple[Tensor, Tensor]:
 
 def increments(scheduler, target, split, dtype=torch.float64):
     """Runs `scheduler` beside its parent and holds each step against `split`'s formula."""
-    parent = parent_of(type(scheduler))(
-        **{k: v for k, v in scheduler.config.items() if k not in schedulers.OPTIONS and k[0] != "_"}
-    )
+    cls = parent_of(type(scheduler))
+    known = inspect.signature(cls).parameters
+    parent = cls(**{k: v for k, v in scheduler.config.items() if k in known})
     correct = along(LMLCorrection(scheduler.config.rank, scheduler.config.damping))
     scheduler.set_timesteps(STEPS), parent.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(5)
