@@ -36,9 +36,7 @@ SAMPLERS = {
     "ipndm": "Adams-Bashforth",
     "deis": "Adams-Bashforth",
 }
-SAME = (
-    1e-4  # noise levels that differ by less, relatively, are one: samplers go there by logarithms
-)
+SAME = 1e-4  # relative: samplers reach one level by several ways, with other roundings
 SMALLEST = 1e-8  # the smallest sigma that g is divided by
 
 
@@ -66,7 +64,9 @@ class LMLDenoiser(nn.Module):
     *Damping.* The default depends on the sampler. It is `lml.damping.default_damping` for the kind
     of solver that `sampler` is, at so many `steps`, on a grid as Karras's, the most careful one.
     On a grid that is even in time a sixteenth of it will do. Without a `sampler` it is that of
-    the kind which needs the most, by which LML changes next to nothing.
+    the kind which needs the most, by which LML changes next to nothing. More than the default is
+    gained by the dampings and lengths that a calibration finds with the scheduler of the same
+    solver on the same noise levels.
 
     Gradients flow through x and the denoised x, but not through anchors. In half precision the
     correction is computed in float32.
@@ -79,8 +79,8 @@ class LMLDenoiser(nn.Module):
         damping: lambda > 0 in units of mean |u|^2; or a list with one for each step, in which None
             leaves its step as it is; or None, for the default.
         sampler: a key of `SAMPLERS`, or None for any other; it only sets the default damping.
-        steps: > 0, of a trajectory; needed for the default damping, except of samplers of first
-            order.
+        steps: > 0, of a whole trajectory; needed for the default damping, except of samplers of
+            first order. Where half of a trajectory is sampled, give twice that half's steps.
         options: the other options of `lml.correction.LMLCorrection` (`norm_preserving`, `length`
             ...). But no `freeze`, which needs timesteps: None in the list of dampings does it.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lml import LMLDenoiser
 from lml.data.assets import ROOT
+from lml.errors import UserError
 
 FOLDER = ROOT / "integrations/comfyui"
 
@@ -130,6 +131,20 @@ def test_as_it_is_dropped_into_a_graph_it_does_no_harm(nodes):
     for method in METHODS.values():
         change = patched.sample(method, x, sigmas) - model.sample(method, x, sigmas)
         assert 0 < change.abs().max() < 1e-3
+
+
+def test_where_the_noise_levels_are_not_told_it_takes_a_damping_or_says_so(nodes):
+    x = start(karras(3))
+    args = {"input": x, "denoised": 0.5 * x, "sigma": karras(3)[:1], "model_options": {}}
+    for inputs in ({"damping": 3.0}, {"sampler": "euler"}, {"sampler": "dpmpp_2m"}):
+        patched = patch(nodes, ModelPatcher(Exact()), **inputs)
+        (function,) = patched.model_options["sampler_post_cfg_function"]
+        if inputs == {"sampler": "dpmpp_2m"}:
+            with pytest.raises(UserError, match=r"^steps=None: .* give steps=, or damping="):
+                function(args)
+        else:
+            assert function(args) is args["denoised"]  # the first step
+            assert not torch.equal(function(args | {"sigma": karras(3)[1:2]}), args["denoised"])
 
 
 def test_its_page_names_its_inputs(nodes):

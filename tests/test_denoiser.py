@@ -322,6 +322,8 @@ def test_it_is_a_module_and_has_what_its_denoiser_has():
     assert wrapped.inner_model is exact.inner_model and wrapped.round_sigma(3) == 3
     with pytest.raises(AttributeError, match="no attribute 'sigma_mean'"):
         _ = wrapped.sigma_mean
+    with pytest.raises(AttributeError):  # and not for ever, while a copy is made
+        _ = LMLDenoiser.__new__(LMLDenoiser).sigma_min
     assert LMLDenoiser(lambda x, sigma: x, 1, 1.0).eval().to(torch.float16).correction.rank == 1
     assert dict(wrapped.named_modules())["denoiser"] is exact
     moved = LMLDenoiser(nn.Linear(2, 2), 1, 1.0).to(torch.float64)

@@ -59,10 +59,10 @@ class _PostCfg:
 
     def __call__(self, args: dict) -> torch.Tensor:
         # All of the run's noise levels. One patch serves many runs, of other lengths, too.
-        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"]
-        sigmas = sigmas.detach().float().cpu()
+        sigmas = args["model_options"].get("transformer_options", {}).get("sample_sigmas")
+        sigmas = torch.zeros(0) if sigmas is None else sigmas.detach().float().cpu()
         if self.sigmas is None or not torch.equal(sigmas, self.sigmas):
-            steps = max(1, len(sigmas) - 1)  # the last one is where the run ends
+            steps = len(sigmas) - 1 if len(sigmas) > 1 else None  # the last is where the run ends
             self.lml = LMLDenoiser(lambda x, sigma, denoised: denoised, steps=steps, **self.options)
             self.sigmas = sigmas
         return self.lml(args["input"], args["sigma"], denoised=args["denoised"])
