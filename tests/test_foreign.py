@@ -210,7 +210,7 @@ def test_the_command_line_is_the_users_own(script, toy):
 @pytest.mark.parametrize("name", ["../model/cifar10", "x" * 300, "\0", "ddim,seed=1"])
 def test_a_runs_solver_that_is_none_of_ours_is_only_a_name(name):
     assert labels.solver_label(name, "{}") == name
-    assert labels.lml_label('{"rank": 2}', name, 10)
+    assert labels.lml_label('{"rank": 2}', name, 10, name)
 
 
 # --- models -------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def solver_name(label: str) -> str:
     if "{order}" in known:
         own = [change for change in changes if change.startswith("solver_order=")]
         changes = [change for change in changes if change not in own]
-        scheduler = _option("solver", name)["solver"]["scheduler"]
+        scheduler = _option("solver", name)["scheduler"]
         order = own[0].partition("=")[2] if own else scheduler["solver_order"]
         known = known.format(order=order)
     return ", ".join([known, *map(_words, changes)])
