@@ -253,7 +253,10 @@ FOREIGN = {
     "custom pipeline": (index(_class_name=["pipeline", "EvilPipeline"]), "describes no pipeline"),
     "pipeline of a file": (index(_class_name="EvilPipeline"), "which diffusers does not have"),
     "no pipeline": (index(_class_name="AutoPipeline"), "AutoPipeline"),
-    "library": (index(unet=["evil", "Evil"]), "its unet is of ['evil', 'Evil']; a class of"),
+    "library": (
+        index(unet=["evil", "Evil"]),
+        "its unet is of ['evil', 'Evil']; expected a class of",
+    ),
     "own folder": (index(unet=["unet", "UNet2DConditionModel"]), "its unet is of ['unet',"),
     "any module": (index(scheduler=["os", "system"]), "its scheduler is of ['os', 'system']"),
     "tokenizer": (index(tokenizer=["evil", "EvilTokenizer"]), "its tokenizer is of"),

@@ -112,10 +112,10 @@ def _why_not_fetched(answer: BaseException, config: Mapping[str, Any], group: st
     if type(answer) in (OSError, ValueError) and getattr(answer, "errno", None) is None:
         # diffusers raised it: it found the repository, but not the files
         safe = config.get("use_safetensors", True)
-        pickled = f"use {group}.use_safetensors=false for pickled ones, " if safe else "use "
+        pickled = f"{group}.use_safetensors=false takes pickled ones, " if safe else ""
         return (
             f"it does not have these weights ({one_line(answer)}); {pickled}"
-            f"{group}.variant=NAME for a variant's, or give {local}"
+            f"{group}.variant=NAME takes a variant's; or give {local}"
         )
     return (
         f"cannot be fetched ({one_line(answer)}); get it elsewhere with "
