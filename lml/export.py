@@ -24,7 +24,7 @@ from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
 from lml.files import NAME_MAX, file_hash, open_regular, plain_name, read_json, replacing
 from lml.instances import make
-from lml.report.labels import OFF, lml_label
+from lml.report.labels import OFF, lml_label, lml_of_run
 from lml.runs.records import check_output, read_config
 from lml.schema import RunConfig, check, check_whole
 from lml.seals import canonical, settings_hash
@@ -152,7 +152,7 @@ def _check_names(run_dir: Path, hashes: Any, prompts: PromptSet) -> Mapping[str,
 def _name_sampler(config: dict) -> str:
     """Solver, evaluations, and LML's label in tables, or its hash if the label is too long."""
     solver = plain_name(config["solver"]["name"], "solver.name")
-    lml = canonical(config["lml"])
+    lml = canonical(lml_of_run(config))
     label = lml_label(lml, solver, config["nfe"], config["model"]["name"])
     if label == OFF:
         return f"{solver}-{config['nfe']}"

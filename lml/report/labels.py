@@ -106,6 +106,13 @@ METRICS = {
 }
 
 
+def lml_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LML's options of a run's config.yaml, with the method's version, where it says one."""
+    settings = config["settings"]
+    version = {key: settings[key] for key in ("method_version",) if key in settings}
+    return {**config["lml"], **version}
+
+
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     """ "off", a preset, "calibrated", or the differences: "rank=3, damping=16".

@@ -14,6 +14,7 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, first_line, nearest
 from lml.files import file_hash, open_regular, read_object
+from lml.report.labels import lml_of_run
 from lml.runs.names import image_name
 from lml.runs.records import read_config
 from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find_problem
@@ -109,8 +110,7 @@ def _reason(path: Path, error: UserError) -> str:
 
 
 def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    settings, lml = config["settings"], config["lml"]
-    lml |= {key: settings[key] for key in ("method_version",) if key in settings}
+    settings, lml = config["settings"], lml_of_run(config)
     model = {key: settings.get(key) for key in ("model", "prompts")}
     solver = {key: config["solver"].get(key) or {} for key in ("scheduler", "step")}
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
@@ -76,6 +77,22 @@ def test_without_lml_the_images_are_those_of_diffusers(script, pipelines, prompt
     assert {"network", "decoder", "text_encoder"} <= set(timing["seconds"])
     lines = (tmp_path / "run/prompts.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["a cat", "a dog", "a bird"]
+
+
+def test_flux_as_the_authors_have_it(script, pipelines, prompts, tmp_path):
+    """In bfloat16, on packed latents, at their damping."""
+    for solver in ("authors_fm_euler", "authors_lml_euler", "flow_euler"):
+        more = ["lml=off"] if solver == "flow_euler" else []
+        common = [*arguments(pipelines, "flux", *prompts, "dtype=bfloat16"), f"solver={solver}"]
+        outcome = script("sample", *common, *more, f"run_dir={solver}")
+        assert (outcome.code, outcome.err) == (0, "")
+    euler, lml, base = (
+        images(tmp_path / s).astype(int)
+        for s in ("authors_fm_euler", "authors_lml_euler", "flow_euler")
+    )
+    assert (euler == base).all() and abs(lml - base).mean() > 0.05
+    lml = yaml.safe_load((tmp_path / "authors_lml_euler/config.yaml").read_text())["lml"]
+    assert (lml["damping"], lml["target"], lml["kappa"]) == (1e-2, "prediction", 0)
 
 
 @pytest.mark.parametrize("model", MODELS)
