@@ -22,6 +22,7 @@ from lml import configs
 from lml.cli import hydra_sweeps
 from lml.cli.messages import explain
 from lml.cli.values import complete
+from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.pipelines import find_model
@@ -96,7 +97,7 @@ def test_refused_cells_are_skipped_and_the_same_run_is_made_once(script, tmp_pat
         "run": None,
         "solver": "pndm",
         "grid": "default",
-        "lml": {**options, "rank": 0, "damping": 8},
+        "lml": {**options, "rank": 0, "damping": 8, "method_version": METHOD_VERSION},
         "nfe": 2,
         "seed": 0,
         "num_images": 6,
