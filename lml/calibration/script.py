@@ -28,6 +28,7 @@ from lml.calibration.search import (
     fine_steps,
     most_evaluations,
 )
+from lml.correction import LMLCorrection
 from lml.device import use_device
 from lml.errors import UserError, first_line, say
 from lml.files import disk_error, read_object, write_json
@@ -151,6 +152,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         scheduler = make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
         if not hasattr(scheduler, "dampings"):
             raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")
+        if scheduler.correction_class is not LMLCorrection:
+            raise UserError(
+                f"solver={config['solver']['name']}: the released arithmetic cannot be calibrated; "
+                "choose a solver whose name does not begin with authors_"
+            )
         if adds_noise(scheduler, config["solver"].get("step") or {}):
             raise UserError(
                 f"solver={config['solver']['name']}: adds noise, so no fine solution has the same "
