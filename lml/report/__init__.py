@@ -54,7 +54,7 @@ def compare(cfg: DictConfig) -> Path:
     _check_page(out)
     notes, known, commands = [], [], []
     for name, folder in folders.items():
-        found = results.read_run(folder, notes.append)
+        found = results.read_run(folder, notes.append) if folder.is_dir() else []
         if not found:
             notes.append(f"{folder}: no complete run with a metric or a time in it; not used")
             continue

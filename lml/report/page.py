@@ -29,7 +29,7 @@ from lml.schema import Manifest
 
 HERE = Path(__file__).parent
 MARK = b"<!doctype html>\n<!-- a page of lml -->"  # what every page begins with
-COUNTS = (64, 48, 32, 24, 16, 8, 4, 2, 1)  # images of a run, as many as fit
+IMAGES = 64  # of a run, or as many as fit
 COLUMNS = 8  # images side by side
 LARGEST = 128  # pixels; larger images are shrunk to it
 SPRITES = 17 * 10**6  # bytes of all of them in the page, so that it stays under 20 MB
@@ -167,7 +167,9 @@ def _samples(results: Sequence[Result], folders: Mapping[str, Path], say: Say) -
         row = tables.row_of(result)
         # what tells metrics apart tells no images apart
         rows[run] = row._replace(group=row.group._replace(protocol=""))
-    order = sorted(runs, key=lambda run: (tables.order(rows[run]), runs[run].nfe, run))
+    order = sorted(
+        runs, key=lambda run: (tables.order(rows[run]), runs[run].nfe, runs[run].seed, run)
+    )
     sprites = _sprites({run: folders[run] for run in order}, say)
     keys = tables.varying([rows[run].group for run in sprites])
     return [
@@ -198,7 +200,8 @@ def _of_one_seed(runs: Mapping[str, Result]) -> dict[str, Result]:
 
 def _sprites(folders: Mapping[str, Path], say: Say) -> dict[str, Sprite]:
     """A sprite of each run, of as many images as fit; `say` is told of runs that have none."""
-    for count in COUNTS:
+    count = IMAGES
+    while True:
         sprites, told, size = {}, [], 0
         for run, folder in folders.items():
             try:
@@ -210,9 +213,13 @@ def _sprites(folders: Mapping[str, Path], say: Say) -> dict[str, Sprite]:
             if size > SPRITES:
                 break
             sprites[run] = sprite
-        else:
+        if size <= SPRITES or count == 1:
             break
-    else:
+        done = len(sprites) + len(told) + 1
+        fits = int(count * SPRITES / size * done / len(folders))
+        fits -= fits % COLUMNS if fits > COLUMNS else 0  # no line that is not full
+        count = max(1, min(fits, count - 1))
+    if size > SPRITES:
         told.append(f"The samples of {len(folders) - len(sprites)} runs had no place in this page.")
     for note in told:
         say(note)
