@@ -102,7 +102,13 @@ def test_the_samples_are_the_images(make_run):
         image = np.asarray(Image.open(run / f"images/{k:06d}.png"))
         top, left = k // 8 * 8, k % 8 * 8
         assert (sprite[top : top + 8, left : left + 8] == image).all()
-    assert data_of(made(run))["hashes"] == {run.name: run.name}
+
+
+def test_a_run_that_is_not_called_by_its_hash_has_it_beside_its_name(make_run):
+    run = make_run()
+    assert data_of(made(run))["hashes"] == {}
+    other = run.rename(run.with_name("mine"))
+    assert data_of(made(other))["hashes"] == {"mine": run.name}
 
 
 def test_at_most_64_images_and_large_ones_are_shrunk(make_run):
@@ -267,7 +273,7 @@ def test_it_opens_and_nothing_of_the_data_is_run(opened):
 
 def test_a_line_is_switched_off_and_on(opened):
     shown = "chart.series.slice(1).map((line) => line.show)"
-    line = opened.get_by_role("button", name="DDIM, default grid, LML default", exact=True)
+    line = opened.get_by_role("button", name="DDIM, LML default", exact=True)
     assert opened.evaluate(shown) == [True] * 4
     line.click()
     assert opened.evaluate(shown) == [True, False, True, True]
@@ -282,7 +288,7 @@ def test_a_value_is_seen_on_hover(opened):
     x, y = opened.evaluate("[chart.valToPos(8, 'x'), chart.valToPos(7, 'y')]")
     opened.locator(".u-over").hover(position={"x": x, "y": y})
     tip = opened.locator("#tip").inner_text()
-    assert "DDIM, default grid, LML default" in tip and "7.000 at 8 evaluations" in tip
+    assert "DDIM, LML default" in tip and "7.000 at 8 evaluations" in tip
     assert "+133.3 %" in tip
 
 

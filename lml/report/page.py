@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 MARK = b"<!doctype html>\n<!-- a page of lml -->"  # what every page begins with
 IMAGES = 64  # of a run, or as many as fit
 COLUMNS = 8  # images side by side
+DIGITS = 10  # of a run's hash, as in the name of its folder
 LARGEST = 128  # pixels; larger images are shrunk to it
 SPRITES = 17 * 10**6  # bytes of all of them in the page, so that it stays under 20 MB
 RUNS = 200  # with more runs, the samples of one seed are shown
@@ -66,7 +67,7 @@ def render(
         "title": title,
         "metrics": [_metric(table, several) for table, several in shown],
         "samples": _samples(results, folders, notes.append),
-        "hashes": {name: _hash(folder) for name, folder in sorted(folders.items())},
+        "hashes": _hashes(folders),
         "commands": list(commands),
     }
     data["notes"] = list(dict.fromkeys(notes))
@@ -96,9 +97,14 @@ def _json(data: Any) -> str:
     return re.sub("[<>&]", lambda letter: f"\\u{ord(letter[0]):04x}", raw)
 
 
-def _hash(folder: Path) -> str:
-    """The first digits of what determines the run's images, as its default folder is called."""
-    return read_json(folder / "manifest.json", Manifest).get("settings_sha256", "")[:10]
+def _hashes(folders: Mapping[str, Path]) -> dict[str, str]:
+    """The hash of what determines a run's images, where the run is called otherwise."""
+    hashes = {}
+    for name, folder in sorted(folders.items()):
+        sha256 = read_json(folder / "manifest.json", Manifest).get("settings_sha256", "")
+        if name != sha256[:DIGITS]:
+            hashes[name] = sha256[:DIGITS]
+    return hashes
 
 
 # --- numbers -----------------------------------------------------------------------------------
