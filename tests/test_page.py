@@ -93,6 +93,23 @@ def test_the_numbers_are_those_of_the_table(make_run):
     assert "extractor e" in metric["caption"]
 
 
+def test_times_have_a_unit_and_no_winner():
+    same = {"model": "m", "model_sha256": "", "size": "", "solver": "ddim", "grid": "default"}
+    same |= {"solver_options": '{"scheduler":{},"step":{}}', "nfe": 5, "num_images": 1}
+    same |= {"dtype": "float32", "protocol": "", "steps": "", "warning": ""}
+    known = [
+        results.Result(
+            run=f"{rank}{seed}", seed=seed, lml=json.dumps({**LML, "rank": rank}),
+            metric="timing/network", value=1 + rank + seed / 100, images_per_second=1.0, **same,
+        )
+        for rank in (0, 2) for seed in (0, 1)
+    ]  # fmt: skip
+    shown = [(tables.build("timing/network", known), known)]
+    (metric,) = data_of(page.render("study", known, shown, {}, [], []))["metrics"]
+    assert metric["name"] == "network, ms per image and evaluation"
+    assert not any(cell["bold"] for row in metric["rows"] for cell in row["cells"].values())
+
+
 def test_the_samples_are_the_images(make_run):
     run = make_run(images=9)
     (sample,) = data_of(made(run))["samples"]
@@ -282,6 +299,18 @@ def test_a_line_is_switched_off_and_on(opened):
     assert opened.evaluate(shown) == [True] * 4
     opened.get_by_label("DPM-Solver++(3M)", exact=True).uncheck()
     assert opened.evaluate(shown) == [True, True, False, False]
+
+
+def test_another_group_has_lines_too(browser, make_run, tmp_path):
+    """Even where it has none of the settings that the first group shows."""
+    runs = [make_run(images=9), *(make_run(2, nfe=5 + k, images=4) for k in range(2))]
+    (tmp_path / "page.html").write_text(made(*runs))
+    with browser.new_context() as context:
+        tab = context.new_page()
+        tab.goto((tmp_path / "page.html").as_uri())
+        for group in ("4 images", "9 images"):
+            tab.locator("#group").select_option(group)
+            assert tab.evaluate("chart.series.slice(1).map((line) => line.show)") == [True]
 
 
 def test_a_value_is_seen_on_hover(opened):

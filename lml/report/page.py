@@ -22,7 +22,7 @@ from lml.data.images import decode
 from lml.errors import UserError
 from lml.files import read_bytes, read_json
 from lml.report import labels, tables, text
-from lml.report.results import Result, Say
+from lml.report.results import Result, Say, is_timing
 from lml.report.tables import Group, Row, Table
 from lml.runs.names import image_name
 from lml.schema import Manifest
@@ -114,7 +114,9 @@ def _metric(table: Table, results: Sequence[Result]) -> dict[str, Any]:
     runs = defaultdict(list)
     for result in results:
         runs[tables.row_of(result), result.nfe].append([result.run, result.seed, result.value])
-    keys, bold = tables.varying(table.groups), table.bold()
+    keys = tables.varying(table.groups)
+    # to be the cheapest is no merit
+    bold = set() if is_timing(table.metric) else table.bold()
     rows = []
     for row, entries in table.rows.items():
         cells = {}
@@ -130,7 +132,7 @@ def _metric(table: Table, results: Sequence[Result]) -> dict[str, Any]:
             }
         rows.append({"group": table.groups.index(row.group), **_names(row), "cells": cells})
     return {
-        "name": labels.metric_name(table.metric),
+        "name": _name(table.metric),
         "higher": table.higher,
         "columns": table.columns,
         "groups": [_group(group, keys) for group in table.groups],
@@ -138,6 +140,13 @@ def _metric(table: Table, results: Sequence[Result]) -> dict[str, Any]:
         "caption": text.caption(table),
         "notes": table.notes,
     }
+
+
+def _name(metric: str) -> str:
+    if not is_timing(metric):
+        return labels.metric_name(metric)
+    part = metric.removeprefix("timing/").replace("_", " ")
+    return part if " " in part else f"{part}, ms per image and evaluation"
 
 
 def _finite(value: float) -> float | None:
