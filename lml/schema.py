@@ -308,6 +308,15 @@ class Tabulate:
 
 
 @dataclass
+class Compare:
+    """configs/compare.yaml"""
+
+    run_dirs: list[FilePath]
+    out: FilePath
+    show: list[Text] | Text | None
+
+
+@dataclass
 class Export:
     """configs/export.yaml"""
 
@@ -444,6 +453,7 @@ def of_script(name: str, config: Mapping[str, Any]) -> type:
         "calibrate": Calibrate,
         "evaluate": Evaluate,
         "tabulate": Tabulate,
+        "compare": Compare,
         "export": Export,
         "benchmark": Benchmark,
     }

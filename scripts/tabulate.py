@@ -1,4 +1,4 @@
-"""Tables and figures of a study: `python scripts/tabulate.py experiment=NAME`."""
+"""Tables, figures and the page of a study: `python scripts/tabulate.py experiment=NAME`."""
 
 import sys
 from pathlib import Path

@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from lml.cli.quoting import gathered
 from lml.configs import CONFIGS
 from lml.data.assets import ROOT
 
@@ -58,6 +59,7 @@ def test_every_command_on_a_page_composes(page):
     for script, *arguments in commands(page):
         overrides = [a.replace("=NAME", "=audit") for a in arguments if a[0] != "-"]
         overrides = [a for a in overrides if not a.startswith("hydra")]
+        overrides = gathered(overrides, "run_dirs") if script == "compare" else overrides
         parsed = OverridesParser.create().parse_overrides(overrides)
         choices = [
             [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]

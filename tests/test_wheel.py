@@ -45,6 +45,10 @@ def test_a_wheel_holds_what_the_scripts_need(wheel):
             if path.is_file() and "__pycache__" not in path.parts
         }
         assert theirs == ours, folder
+    assert {name for name in names if name.startswith("lml/report/") and ".py" not in name} == {
+        "lml/report/page.html",
+        *(f"lml/report/uplot/{file.name}" for file in (ROOT / "lml/report/uplot").iterdir()),
+    }
 
 
 def test_an_installed_wheel_samples(wheel, tmp_path):

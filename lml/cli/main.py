@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lml.cli.hydra_sweeps import own_plugins
 from lml.cli.messages import explain
+from lml.cli.quoting import gathered
 from lml.cli.streams import lasting_streams
 from lml.cli.values import complete
 from lml.configs import CONFIGS
@@ -41,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def main(
-    config_name: str, makes_runs: bool = False
+    config_name: str, makes_runs: bool = False, words: str | None = None
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `task(cfg)` the body of a script with the config `configs/<config_name>.yaml`.
 
@@ -53,13 +54,15 @@ def main(
     in other processes or on other machines, in the folder where the sweep started; their errors
     are printed here. With `makes_runs`, the cells are runs of configs/sample.yaml, `lml.runs.sweep`
     manages them, and `task` returns the objective of a search.
+
+    Arguments without a `=` become the list of the key `words`, where one is given.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def script() -> None:
             with lasting_streams():
-                code = _run(task, config_name, makes_runs)
+                code = _run(task, config_name, makes_runs, words)
             sys.exit(code)
 
         return script
@@ -67,7 +70,9 @@ def main(
     return decorate
 
 
-def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) -> int:
+def _run(
+    task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool, words: str | None
+) -> int:
     keep_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -97,7 +102,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, makes_runs: bool) 
 
     try:
         _check_environment()
-        with own_plugins(failed, makes_runs), _arguments():
+        with own_plugins(failed, makes_runs), _arguments(words):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except Interrupted as interruption:
         # torchrun stops all processes as soon as one ends. This may interrupt an error before it
@@ -128,8 +133,11 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 @contextlib.contextmanager
-def _arguments() -> Iterator[None]:
-    """Accept overrides before and after Hydra's options; report wrong arguments in one line."""
+def _arguments(words: str | None) -> Iterator[None]:
+    """Accept overrides before and after Hydra's options; report wrong arguments in one line.
+
+    Arguments without a `=` become the list of the key `words`.
+    """
     module = sys.modules[hydra.main.__module__]
     make_parser = module.get_args_parser
 
@@ -138,7 +146,14 @@ def _arguments() -> Iterator[None]:
 
     def get_args_parser() -> ArgumentParser:
         parser = make_parser()
-        parser.parse_args, parser.error = parser.parse_intermixed_args, refuse
+
+        def parse_args(args: list[str] | None = None) -> Namespace:
+            parsed = parser.parse_intermixed_args(args)
+            if words:
+                parsed.overrides = gathered(parsed.overrides, words)
+            return parsed
+
+        parser.parse_args, parser.error = parse_args, refuse
         return parser
 
     module.get_args_parser = get_args_parser

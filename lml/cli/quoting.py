@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -38,3 +39,10 @@ def suggest(override: str) -> str | None:
     except (HydraException, OmegaConfBaseException):
         return None
     return shell_quoted(quoted) if key and equal else None
+
+
+def gathered(arguments: Sequence[str], key: str) -> list[str]:
+    """`arguments` with those that have no `=` as one override: A B is key=["A","B"]."""
+    words = [argument for argument in arguments if "=" not in argument]
+    others = [argument for argument in arguments if "=" in argument]
+    return [f"{key}=[{','.join(map(hydra_quoted, words))}]", *others] if words else others

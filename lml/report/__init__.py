@@ -1,7 +1,8 @@
-"""Tables and figures of run folders: mean ± standard deviation over seeds, and LML's gain."""
+"""Run folders as tables, figures, pages: mean ± standard deviation over seeds, and LML's gain."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from lml.errors import UserError
 from lml.files import disk_error, write_atomic
-from lml.report import figures, results, tables, text
-from lml.runs.records import check_output
+from lml.report import figures, page, results, tables, text
+from lml.runs.records import check_output, read_config
 from lml.schema import Cell
 
 
 def tabulate(cfg: DictConfig) -> Path:
-    """Write the study's results.csv, and tables and figures of each metric; return the folder.
+    """Write the study's results.csv, tables and figures of each metric, and its page, index.html.
+
+    Returns the folder.
 
     `cfg` (configs/tabulate.yaml) is the config of the study. Its `name` gives the two folders,
     unless `runs` or `out` set them. Results in an older results.csv stay if their runs are gone.
@@ -31,14 +34,80 @@ def tabulate(cfg: DictConfig) -> Path:
     if not runs.is_dir() and not (out / "results.csv").is_file():
         raise UserError(f"runs={runs}: no such folder; use experiment=NAME of a study that was run")
     study = _read(runs, out)
-    show = OmegaConf.to_container(cfg.show) if OmegaConf.is_config(cfg.show) else cfg.show
-    metrics = results.choose(study.known, show)
+    metrics = results.choose(study.known, _plain(cfg.show))
     for note in study.notes:
         print(note, file=sys.stderr)
     files = _render(study, metrics)
     _write(files, out, kept=study.sweep.name)
     print("\n".join(data for name, data in files.items() if name.endswith(".md")), end="")
     return out
+
+
+def compare(cfg: DictConfig) -> Path:
+    """Write one page of the runs in the folders `cfg.run_dirs` (configs/compare.yaml); return it.
+
+    A run that cannot be used is said on stderr and on the page. UserError when none can be, when
+    `cfg.out` cannot be written, and when there is a file that is no such page.
+    """
+    out, folders = Path(cfg.out), _named([Path(run) for run in cfg.run_dirs])
+    check_output(out, "out")
+    _check_page(out)
+    notes, known, commands = [], [], []
+    for name, folder in folders.items():
+        found = results.read_run(folder, notes.append) if folder.is_dir() else []
+        if not found:
+            notes.append(f"{folder}: no complete run with a metric or a time in it; not used")
+            continue
+        known += [dataclasses.replace(result, run=name) for result in found]
+        command = read_config(folder).get("provenance", {}).get("command")
+        commands += [str(command)] if command else []
+    for note in notes:
+        print(note, file=sys.stderr)
+    if not known:
+        raise UserError("run_dirs: no complete run with a metric or a time in any of them")
+    shown = _shown(known, results.choose(known, _plain(cfg.show)))
+    title = f"{len({result.run for result in known})} runs"
+    made = page.render(title, known, shown, folders, list(dict.fromkeys(commands)), notes)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(out.parent, error, "out") from None
+    write_atomic(out, made, "out")
+    print(out)
+    return out
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by their names; by their paths where two have one name."""
+    folders = list(dict.fromkeys(folders))
+    names = [folder.name for folder in folders]
+    return {
+        folder.name if names.count(folder.name) == 1 else str(folder): folder for folder in folders
+    }
+
+
+def _check_page(path: Path) -> None:
+    """UserError when there is something at `path` that is no page of ours."""
+    try:
+        if page.is_page(path):
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise disk_error(path, error, "out") from None
+    raise UserError(f"out={path}: is there and no page of runs; choose another name")
+
+
+def _plain(show: object) -> object:
+    return OmegaConf.to_container(show) if OmegaConf.is_config(show) else show
+
+
+def _shown(
+    known: Sequence[results.Result], metrics: Sequence[str], cells: Sequence[Cell] = ()
+) -> list[tuple[tables.Table, list[results.Result]]]:
+    """Of each metric the table and the results it is made of."""
+    chosen = {metric: [r for r in known if r.metric == metric] for metric in metrics}
+    return [(tables.build(metric, found, cells), found) for metric, found in chosen.items()]
 
 
 @dataclass(frozen=True)
@@ -78,11 +147,9 @@ def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
     files["results.csv"] = results.to_csv(rows)
     if study.cells:
         files["sweep.yaml"] = study.sweep.read_bytes()
-    drawn, times = {}, []
-    for metric in metrics:
-        stem = metric.replace("/", "_")
-        chosen = [result for result in study.known if result.metric == metric]
-        table = tables.build(metric, chosen, study.cells)
+    drawn, times, shown = {}, [], _shown(study.known, metrics, study.cells)
+    for table, chosen in shown:
+        metric, stem = table.metric, table.metric.replace("/", "_")
         if results.is_timing(metric):
             times.append(table)
             continue
@@ -99,6 +166,10 @@ def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
         if figure is not None:
             pictures = figures.encode(figure).items()
             files |= {f"{stem}.{suffix}": data for suffix, data in pictures}
+    folders = {result.run: study.runs / result.run for result in study.found}
+    files["index.html"] = page.render(
+        study.runs.name, study.known, shown, folders, study.commands, study.notes
+    )
     return files
 
 

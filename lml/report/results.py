@@ -56,41 +56,44 @@ def is_timing(metric: str) -> bool:
 
 
 def collect(folder: Path, say: Say) -> list[Result]:
-    """Every number of every complete run in the folders directly under `folder`.
+    """Every number of every complete run in the folders directly under `folder`, as `read_run`."""
+    runs = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    return [result for run in runs for result in read_run(run, say)]
+
+
+def read_run(run: Path, say: Say) -> list[Result]:
+    """Every number of the run in the folder `run`; none of an incomplete one.
 
     Files that cannot be read, or were edited after they were written, are left out; `say` is
     called for each.
     """
-    results = []
-    for run in sorted(path.parent for path in folder.glob("*/manifest.json")):
-        manifest = _read(run / "manifest.json", say, Manifest)
-        if not manifest.get("complete"):
+    manifest = _read(run / "manifest.json", say, Manifest)
+    if not manifest.get("complete"):
+        return []
+    try:
+        if file_hash(run / "config.yaml") != manifest["config_sha256"]:
+            say(f"{run / 'config.yaml'}: was edited after the run; the run is not used")
+            return []
+        setting = _setting(run, read_config(run, RunConfig))
+    except (OSError, UserError) as error:
+        say(f"{first_line(error)}; the run is not used")
+        return []
+    sha256 = manifest["settings_sha256"]
+    timing = _read(run / "timing.json", say, Timing)
+    if timing and (reason := why_not_sealed(timing, sha256, "timing")):
+        say(f"{run / 'timing.json'}: {reason}; not used")
+        timing = {}
+    values = list(_timing(timing, say, run / "timing.json"))
+    setting["images_per_second"] = timing.get("images_per_second", math.nan)
+    for name, entry in _read(run / "metrics.json", say).items():
+        if isinstance(entry, dict) and (reason := why_not_sealed(entry, sha256, name)):
+            say(f"{run / 'metrics.json'}: {name} {reason}; not used")
             continue
-        try:
-            if file_hash(run / "config.yaml") != manifest["config_sha256"]:
-                say(f"{run / 'config.yaml'}: was edited after the run; the run is not used")
-                continue
-            setting = _setting(run, read_config(run, RunConfig))
-        except (OSError, UserError) as error:
-            say(f"{first_line(error)}; the run is not used")
+        if problem := find_problem(Score, entry, name):
+            say(f"{run / 'metrics.json'}: {name} is broken; not used ({problem})")
             continue
-        sha256 = manifest["settings_sha256"]
-        timing = _read(run / "timing.json", say, Timing)
-        if timing and (reason := why_not_sealed(timing, sha256, "timing")):
-            say(f"{run / 'timing.json'}: {reason}; not used")
-            timing = {}
-        values = list(_timing(timing, say, run / "timing.json"))
-        setting["images_per_second"] = timing.get("images_per_second", math.nan)
-        for name, entry in _read(run / "metrics.json", say).items():
-            if isinstance(entry, dict) and (reason := why_not_sealed(entry, sha256, name)):
-                say(f"{run / 'metrics.json'}: {name} {reason}; not used")
-                continue
-            if problem := find_problem(Score, entry, name):
-                say(f"{run / 'metrics.json'}: {name} is broken; not used ({problem})")
-                continue
-            values += _parts(name, entry)
-        results += [Result(**setting, **value) for value in values]
-    return results
+        values += _parts(name, entry)
+    return [Result(**setting, **value) for value in values]
 
 
 def _read(path: Path, say: Say, schema: Any = None) -> dict[str, Any]:

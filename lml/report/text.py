@@ -40,7 +40,7 @@ def markdown(table: Table, commands: Sequence[str], notes: Sequence[str] = ()) -
     marks = ["---:" if text in numbers else "---" for text in header]
     text = [_line(header), _line(marks)]
     text += [_line(f"**{cell}**" if bold else cell for cell, bold in line) for line in lines]
-    text += ["", _caption(table), "", *(f"`{command}`  " for command in commands)]
+    text += ["", caption(table), "", *(f"`{command}`  " for command in commands)]
     if table.times_at is None and (contest := list(_contest(table))):
         keys = varying(table.groups)
         columns = [*keys, "evaluations", "best without LML", "best with LML", "change"]
@@ -60,7 +60,8 @@ def _line(cells: Iterator[str] | Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _caption(table: Table) -> str:
+def caption(table: Table) -> str:
+    """What the numbers are, and by which protocol they were measured."""
     groups = table.groups
     known = {key: {getattr(group, key) for group in groups} - {""} for key in Group._fields}
     keys = [key for key in Group._fields if len(known[key]) == 1]

@@ -140,6 +140,7 @@ def test_a_second_signal_does_not_end_the_tidying_up(script, toy, tmp_path, monk
 OVERRIDES = {
     "benchmark": ("threads=3", "nfe=7"),
     "calibrate": ("threads=3", "nfe=7"),
+    "compare": ("out=there", "show=fd_cifar", "run_dirs=[here]"),
     "evaluate": ("threads=3", "batch_size=7"),
     "export": ("run_dir=there", "out=here", "layout=t2i_compbench"),
     "sample": ("threads=3", "nfe=7"),
@@ -267,6 +268,7 @@ KEYS = [
     ("sample", "metrics.fd_dinov2.model", "metrics=fd_dinov2"),
     ("sample", "metrics.image_reward.weights", "metrics=image_reward"),
     ("sample", "metrics.image_reward.tokenizer", "metrics=image_reward"),
+    ("compare", "out", "run_dirs=[x]"),
     ("evaluate", "run_dir"),
     ("evaluate", "images"),
     ("evaluate", "reference"),
