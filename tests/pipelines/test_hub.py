@@ -228,7 +228,8 @@ def test_what_the_hub_answers(script, pipelines, tiny_model, prompts, hub, model
     hub.refuse = (403, "GatedRepo")
     assert "accept the license on https://huggingface.co/" in line()
     hub.refuse = None
-    assert "no revision none; model.revision=null is its main branch" in line("model.revision=none")
+    unknown = line("model.revision=none")
+    assert "no revision none; use model.revision=null for its main branch" in unknown
     hub.unknown = True
     gone = line()
     assert "the hub has no such repository, or a private one" in gone
