@@ -969,6 +969,8 @@ def test_the_name_of_a_solver_has_its_order():
     assert labels.solver_name("dpmsolverpp, solver_order=2") == "DPM-Solver++(2M)"
     assert labels.solver_name("unipc, solver_order=2, eta=1") == "UniPC-2, eta 1"
     assert labels.solver_name("authors_dpm_lm") == "DPM-Solver-3, released LML"
+    # results of a solver whose config is gone
+    assert labels.solver_name("dpmsolver_released") == "DPM-Solver-3, released LML"
     assert labels.solver_name("of_a_plugin") == "of_a_plugin"
 
 

@@ -40,7 +40,7 @@ SOLVERS = {
     "deis": "DEIS-{order}",
     "ddim_released": "DDIM, released LML",  # in results older than the authors' presets
     "dpmsolver": "DPM-Solver-{order}",
-    "dpmsolver_released": "DPM-Solver-{order}, released LML",
+    "dpmsolver_released": "DPM-Solver-3, released LML",  # in these, too, always of order 3
     "dpmsolver_singlestep": "DPM-Solver++({order}S)",
     "dpmsolverpp": "DPM-Solver++({order}M)",
     "euler": "Euler",
