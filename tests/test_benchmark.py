@@ -152,7 +152,7 @@ def test_bad_input(override, message):
 @pytest.mark.parametrize("content", ["# Notes", "[]", '{"name": "x"}', ""])
 def test_what_is_no_file_of_ours_is_not_replaced(tmp_path, content):
     (tmp_path / "notes.md").write_text(content)
-    with pytest.raises(UserError, match=r"notes\.md: not a file of this script's"):
+    with pytest.raises(UserError, match=r"notes\.md: not a file of this script"):
         benchmark.benchmark(config("parts=[]", f"out={tmp_path / 'notes.md'}"))
     assert (tmp_path / "notes.md").read_text() == content
     for _ in range(2):

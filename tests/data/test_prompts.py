@@ -84,7 +84,7 @@ def test_a_tables_column(tmp_path, suffix):
             writer.writerow([99, " "])
     made = composed("prompts=table", f"prompts.file={path}", "prompts.column=what")
     assert made.texts == HARD
-    refused(r"^prompts\.column=prompt: not in line .*; has n, what$", prompts.table, path)
+    refused(r"^prompts\.column=prompt: not in line .*; it has n, what$", prompts.table, path)
 
 
 def test_a_quoted_cell_holds_line_breaks(tmp_path):

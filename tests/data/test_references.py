@@ -202,7 +202,7 @@ def test_other_peoples_statistics(tmp_path, pixels):
     torch.testing.assert_close(reference.statistics().sigma, torch.from_numpy(sigma))
     assert reference.size is None and reference.describe()["count"] is None
     assert reference.describe()["file"] == "theirs.npz"
-    message = r"^metrics\.fid\.reference=.*theirs\.npz: .*Fréchet distance alone; the images"
+    message = r"^metrics\.fid\.reference=.*theirs\.npz: .*Fréchet distance; expected the images"
     with pytest.raises(UserError, match=message):
         reference.need_features("metrics.fid.reference")
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3)))
