@@ -131,7 +131,7 @@ def test_a_job_whose_process_dies(ends, tmp_path, launcher):
         assert process.returncode == 2
         (line,) = lines_of(process.stderr)
         assert re.fullmatch(
-            r"seed=4: its process ended, see .*/\d+_0_log\.err; "
+            r"seed=4: its process died; see .*/\d+_0_log\.err; "
             "the same command completes the sweep",
             line,
         )
