@@ -14,8 +14,7 @@ from typing import Any, ClassVar, get_type_hints
 from hydra.utils import get_object
 from torchmetrics import Metric
 
-from lml.configs import compose
-from lml.data.assets import ROOT
+from lml.configs import compose, names
 
 
 class RunMetric(Metric):
@@ -94,7 +93,7 @@ def class_of(metric: Any) -> type[Metric] | None:
 @cache
 def class_by_name(name: str) -> type[Metric] | None:
     """The class of the metric that configs/metrics/`name`.yaml makes; None without that file."""
-    if name not in {file.stem for file in (ROOT / "configs/metrics").glob("*.yaml")}:
+    if name not in names("metrics"):
         return None
     return class_of(compose(f"+metrics={name}").metrics.get(name))
 

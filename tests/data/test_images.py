@@ -87,7 +87,9 @@ def test_an_image_of_another_size_is_named(folder, pixels):
 def test_more_than_8_bits_of_rgb_is_refused(folder, mode):
     file = folder / ("003.jpg" if mode == "CMYK" else "003.png")
     Image.new(mode, (8, 6)).save(file)
-    with pytest.raises(UserError, match=rf"{file.name}: pixels of type {mode}; expected one of RGB"):
+    with pytest.raises(
+        UserError, match=rf"{file.name}: pixels of type {mode}; expected one of RGB"
+    ):
         list(ImageFolder(folder).batches(2))
 
 

@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from torchmetrics import MeanMetric
 
-from lml import configs, sweep
+from lml import configs
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.metrics import base
 from lml.metrics.base import RunMetric, class_by_name, class_of, declared, is_higher_better
 from lml.metrics.convergence import Convergence
 from lml.metrics.evaluate import Context, evaluate
 from lml.report.tables import Table
+from lml.runs.sweep import Sweep
+from lml.runs.sweep.objective import find_objective
 
 METRICS = sorted(f.stem for f in (ROOT / "configs/metrics").glob("*.yaml") if f.stem != "none")
 
@@ -89,8 +90,7 @@ def new(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "bright.yaml").write_text("bright:\n  _target_: brightness.Brightness\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for module in (base, configs):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path / "configs")
     class_by_name.cache_clear()
     yield {"bright": {"_target_": "brightness.Brightness"}}
     class_by_name.cache_clear()
@@ -101,14 +101,14 @@ def test_a_new_metric_needs_its_class_and_its_config_alone(new, tmp_path):
     assert Table("bright/mean", {}).higher and not Table("bright/darkest", {}).higher
 
     def objective(asked):
-        return sweep.find_objective({"sweep": {"objective": asked}, "metrics": new})
+        return find_objective({"sweep": {"objective": asked}, "metrics": new})
 
     assert objective("bright") == "bright/mean" and objective("bright/darkest")
     with pytest.raises(UserError, match="bright/mean or bright/darkest"):
         objective("bright/lightest")
     for asked, higher in {"bright": True, "bright/darkest": False}.items():
         config = {"name": "study", "sweep": {"objective": asked}, "metrics": new}
-        assert sweep.Sweep(None, config, local=True).higher_is_better is higher
+        assert Sweep(None, config, local=True).higher_is_better is higher
 
     images = tmp_path / "images"
     images.mkdir()
