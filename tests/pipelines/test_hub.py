@@ -232,7 +232,7 @@ def test_what_the_hub_answers(script, pipelines, tiny_model, prompts, hub, model
     assert "no revision none; use model.revision=null for its main branch" in unknown
     hub.unknown = True
     gone = line()
-    assert "the hub has no such repository, or a private one" in gone
+    assert "the hub has no such repository, or it is private" in gone
     assert "a mirror's name as model.hub_id" in gone and "`hf auth login`" in gone
 
 
