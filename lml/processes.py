@@ -35,7 +35,8 @@ def joined() -> Iterator[None]:
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    has_joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if has_joined else (0, 1)
 
 
 def is_first() -> bool:

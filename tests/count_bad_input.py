@@ -124,7 +124,6 @@ TINY_UNET = [
     "unet.up_block_types=[UpBlock2D]",
     "unet.norm_num_groups=4",
     "unet.attention_head_dim=8",
-    "report_images=2",
 ]
 TRAIN = ["run_dir=run", "data.path=cifar10", "budget.images=8", "budget.batch_size=8"]
 TRAIN += ["budget.compile=false", "budget.dtype=float32", "threads=1", "device=cpu"]
@@ -199,7 +198,7 @@ COMMANDS: dict[str, list[tuple[list[str], str | tuple[str, ...]]]] = {
         (["layout=t2i_compbench", "run_dir=made", "out=out"], ""),
     ],
     "train": [
-        ([*TRAIN, *TINY_UNET], ""),
+        ([*TRAIN, *TINY_UNET, "report_images=2"], ""),
         ([*TRAIN, "train=features"], ""),
     ],
     "benchmark": [

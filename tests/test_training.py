@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from count_bad_input import TINY_UNET
 from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -17,15 +18,6 @@ from lml.cli.main import Interrupted
 from lml.data import cifar10
 from lml.data.statistics import ReferenceStatistics
 from lml.metrics.frechet import fd_cifar
-
-TINY_UNET = [
-    "unet.layers_per_block=1",
-    "unet.block_out_channels=[16]",
-    "unet.down_block_types=[DownBlock2D]",
-    "unet.up_block_types=[UpBlock2D]",
-    "unet.norm_num_groups=4",
-    "unet.attention_head_dim=8",
-]
 
 
 @pytest.fixture(scope="module")

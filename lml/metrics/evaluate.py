@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -24,6 +23,7 @@ from lml.errors import UserError
 from lml.instances import make
 from lml.metrics.base import RunMetric, class_of, declared
 from lml.pipelines.trajectory import Replay
+from lml.processes import gather, rank_and_world
 
 
 def _say(line: str) -> None:
@@ -113,7 +113,7 @@ def evaluate(
     folder = images if isinstance(images, ImageFolder) else ImageFolder(images)
     check_prompts(metrics, context.prompts is not None)
     feeds = _prepare(folder, build(metrics), context)
-    if _rank_and_world()[0] == 0:
+    if rank_and_world()[0] == 0:
         for line in _left_out(folder, [feed.metric for feed in feeds]):
             context.say(line)
     error = None
@@ -233,7 +233,7 @@ def _replay(folder: ImageFolder, feeds: Sequence[_Feed], context: Context) -> No
 def _feed(folder: ImageFolder, feeds: Sequence[_Feed], context: Context) -> None:
     """Update the other metrics with this process's share of the batches."""
     feeds = [feed for feed in feeds if not declared(feed.metric).trajectories]
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     device = _device(context)
     blocks = folder.blocks(context.batch_size)[rank::world] if feeds else []
     for block, batch in zip(blocks, folder.load_blocks(blocks), strict=True):
@@ -319,19 +319,8 @@ def _memory(name: str, device: str | torch.device, count: int) -> Iterator[None]
         ) from None
 
 
-def _rank_and_world() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    is_distributed = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed else (0, 1)
-
-
 def _raise_together(error: UserError | None) -> None:
     """Raise the error of any process in all of them: else the others would wait for it forever."""
-    errors = [error]
-    world = _rank_and_world()[1]
-    if world > 1:
-        errors = [None] * world
-        dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise error
+    for found in gather(error):
+        if found is not None:
+            raise found

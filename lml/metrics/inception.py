@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -31,6 +30,7 @@ from lml.data.statistics import describe
 from lml.errors import UserError
 from lml.metrics.base import RunMetric
 from lml.metrics.frechet import FrechetDistance
+from lml.processes import rank_and_world
 
 SEED = 2020  # torch-fidelity's default for KID's subsets and for the Inception Score's shuffling
 BATCH_SIZE = 64  # also torch-fidelity's default: another batch size would round differently
@@ -193,8 +193,7 @@ class _EveryImage(RunMetric):
 
     def add(self, rows: Tensor) -> None:
         """Keep `rows` (B, width) of one block of images."""
-        distributed = dist.is_available() and dist.is_initialized()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        rank, world = rank_and_world()
         self.rows.append(rows.cpu())
         block = (self.update_count - 1) * world + rank
         self.blocks.append(torch.full((len(rows),), block))
