@@ -216,14 +216,11 @@ class Searching:
 
 
 @dataclass
-class Sample(Searching):
-    """configs/sample.yaml"""
+class Sampling:
+    """What scripts that sample share: with what, how, and where the results go."""
 
     _: dataclasses.KW_ONLY
-    name: Name
-    num_images: Images
     seed: Seed
-    nfe: Evaluations
     batch_size: Batch
     device: Text
     dtype: Dtype
@@ -234,12 +231,22 @@ class Sample(Searching):
     run_dir: FilePath | None
     overwrite: bool
     progress: bool
-    reference: FilePath | None
     prompts: Made | Nothing
     model: Model
     solver: Solver
     grid: Grid
     lml: LML
+
+
+@dataclass
+class Sample(Searching, Sampling):
+    """configs/sample.yaml"""
+
+    _: dataclasses.KW_ONLY
+    name: Name
+    num_images: Images
+    nfe: Evaluations
+    reference: FilePath | None
     logger: Logger
     show: list[Text] | Text | None = None
 
@@ -253,33 +260,17 @@ class FineSolution:
 
 
 @dataclass
-class Calibrate:
+class Calibrate(Sampling):
     """configs/calibrate.yaml"""
 
     nfe: SeveralEvaluations
     objective: CalibrationObjective
     searched: Samples
     unseen: Samples
-    seed: Seed
     ranks: list[Annotated[int, Range(1, 64, "so many directions are held in memory")]]
     rounds: Annotated[int, Range(1, 10**6)]
     fine: FineSolution
     extractor: Made
-    batch_size: Batch
-    device: Text
-    dtype: Dtype
-    compile: bool
-    channels_last: bool
-    attention: Attention | None
-    threads: Threads | None
-    run_dir: FilePath | None
-    overwrite: bool
-    progress: bool
-    prompts: Made | Nothing
-    model: Model
-    solver: Solver
-    grid: Grid
-    lml: LML
 
 
 @dataclass
