@@ -236,6 +236,7 @@ def test_bad_input_is_one_line(script, make_run, tmp_path, arguments, message):
     (tmp_path / "mine.html").write_text("mine")
     outcome = script("compare", *arguments)
     assert outcome.code == 2 and outcome.err.splitlines()[-1].startswith(message)
+    assert outcome.err.count("\n") == 1
     assert (tmp_path / "mine.html").read_text() == "mine"
 
 

@@ -61,10 +61,10 @@ def compare(cfg: DictConfig) -> Path:
         known += [dataclasses.replace(result, run=name) for result in found]
         command = read_config(folder).get("provenance", {}).get("command")
         commands += [str(command)] if command else []
+    if not known:
+        raise UserError(f"run_dirs: no complete run to show ({'; '.join(notes)})")
     for note in notes:
         print(note, file=sys.stderr)
-    if not known:
-        raise UserError("run_dirs: no complete run with a metric or a time in any of them")
     shown = _shown(known, results.choose(known, _plain(cfg.show)))
     title = f"{len({result.run for result in known})} runs"
     made = page.render(title, known, shown, folders, list(dict.fromkeys(commands)), notes)
