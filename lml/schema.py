@@ -155,6 +155,7 @@ class Solver:
 
     name: Text
     scheduler: Made
+    title: Text | None = None  # what people call it, for figures; older runs have none
     step: dict[str, Any] | None = None
     published_target: Text | None = None
     published_damping: Positive | None = None  # whatever the model

@@ -961,7 +961,7 @@ def test_panels_of_many_evaluations_leave_out_numbers_without_room():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/solver").glob("*")))
 def test_every_solver_has_a_name_that_people_write(name):
     written = labels.solver_name(name)
-    assert name in labels.SOLVERS and "{" not in written and "_" not in written
+    assert written not in ("", name) and "{" not in written and "_" not in written
 
 
 def test_the_name_of_a_solver_has_its_order():
@@ -969,8 +969,8 @@ def test_the_name_of_a_solver_has_its_order():
     assert labels.solver_name("dpmsolverpp, solver_order=2") == "DPM-Solver++(2M)"
     assert labels.solver_name("unipc, solver_order=2, eta=1") == "UniPC-2, eta 1"
     assert labels.solver_name("authors_dpm_lm") == "DPM-Solver-3, released LML"
+    assert labels.solver_name("ddim, solver_order=2") == "DDIM, solver order 2"
     # results of a solver whose config is gone
-    assert labels.solver_name("dpmsolver_released") == "DPM-Solver-3, released LML"
     assert labels.solver_name("of_a_plugin") == "of_a_plugin"
 
 

@@ -20,38 +20,9 @@ CALIBRATIONS = (CALIBRATED, f"{CALIBRATED} (features)")  # by the objective
 
 PRESETS = (DEFAULT, PUBLISHED)
 
-# The usual names, for figures. Tables have the names of the configs, which users type.
+# The usual names, for figures; a solver's is the `title` of its config. Tables have the names of the
+# configs, which users type.
 
-SOLVERS = {
-    "authors_coco_dpmpp": "DPM-Solver++({order}M), authors' for COCO",
-    "authors_coco_dpmpp_lm": "DPM-Solver++({order}M), released LML for COCO",
-    "authors_compbench_dpm": "DPM-Solver++({order}M), authors' for T2I-CompBench",
-    "authors_compbench_dpm_lm": "DPM-Solver++({order}M), released LML for T2I-CompBench",
-    "authors_ddim": "DDIM, authors'",
-    "authors_ddim_lm": "DDIM, released LML",
-    "authors_dpm": "DPM-Solver-{order}, authors'",
-    "authors_dpm_lm": "DPM-Solver-{order}, released LML",
-    "authors_dpmpp": "DPM-Solver++({order}M), authors'",
-    "authors_fm_euler": "Euler (flow matching), authors'",
-    "authors_lml_euler": "Euler (flow matching), released LML",
-    "authors_pndm": "PNDM, authors'",
-    "authors_unipc": "UniPC-{order}, authors'",
-    "ddim": "DDIM",
-    "deis": "DEIS-{order}",
-    "ddim_released": "DDIM, released LML",  # in results older than the authors' presets
-    "dpmsolver": "DPM-Solver-{order}",
-    "dpmsolver_released": "DPM-Solver-3, released LML",  # in these, too, always of order 3
-    "dpmsolver_singlestep": "DPM-Solver++({order}S)",
-    "dpmsolverpp": "DPM-Solver++({order}M)",
-    "euler": "Euler",
-    "euler_ancestral": "Euler ancestral",
-    "flow_euler": "Euler (flow matching)",
-    "heun": "Heun",
-    "ipndm": "iPNDM-4",
-    "ipndm_diffusers": "iPNDM-4 (diffusers)",
-    "pndm": "PNDM",
-    "unipc": "UniPC-{order}",
-}
 GRIDS = {
     "ays": "Align Your Steps",
     "default": "default grid",
@@ -219,14 +190,14 @@ def grid_name(grid: str) -> str:
 def solver_name(label: str) -> str:
     """ "DPM-Solver++(2M)" for the `solver_label` "dpmsolverpp, solver_order=2"."""
     name, *changes = label.split(", ")
-    known = SOLVERS.get(name, name)
-    if "{order}" in known:
-        own = [change for change in changes if change.startswith("solver_order=")]
-        changes = [change for change in changes if change not in own]
-        scheduler = _option("solver", name)["scheduler"]
-        order = own[0].partition("=")[2] if own else scheduler["solver_order"]
-        known = known.format(order=order)
-    return ", ".join([known, *map(_words, changes)])
+    solver = OmegaConf.create(_option("solver", name))
+    title = OmegaConf.to_container(solver).get("title", name)
+    if "solver_order" in title:
+        for change in [c for c in changes if c.startswith("solver_order=")]:
+            solver.scheduler.solver_order = change.partition("=")[2]
+            changes.remove(change)
+        title = solver.title
+    return ", ".join([title, *map(_words, changes)])
 
 
 def lml_name(label: str) -> str:
