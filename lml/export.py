@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from lml.data.assets import locate
@@ -190,23 +191,33 @@ def _place(image: Path, target: Path, sha256: str) -> None:
 
 # --- MS-COCO -----------------------------------------------------------------------------------
 
+RULES = {
+    "edm": "centre crop to the shorter side, Pillow's Lanczos to {size}",
+    "torchvision": "torchvision's Resize({size}) and CenterCrop({size})",
+}
+
 
 @dataclass
 class CocoReference:
     """The images of val2014 (in the folder `images`) whose captions are the prompts `coco14_30k`.
 
-    Each image is cropped to the square in its middle, from ((W - s) // 2, (H - s) // 2) with s the
-    shorter side, and resized to `size` with Pillow's Lanczos filter (antialiased; smaller images
-    are enlarged), as in EDM's dataset_tool (arXiv 2206.00364). Grey becomes RGB. The format is PNG.
-    reference.json beside them records this.
+    By the `rule` "edm", each image is cropped to the square in its middle, from
+    ((W - s) // 2, (H - s) // 2) with s the shorter side, and resized to `size` with Pillow's
+    Lanczos filter, as in EDM's dataset_tool (arXiv 2206.00364). By the rule "torchvision", it goes
+    through torchvision's Resize(size) (bilinear) and CenterCrop(size). Both are antialiased, and
+    enlarge smaller images. Grey becomes RGB. The format is PNG. reference.json beside them records
+    this.
     """
 
     images: str
     size: int = 256
+    rule: str = "edm"
 
     def export(self, prompts: PromptSet, run_dir: Path | None, out: Path) -> str:
         """Write the images that are missing."""
         check_whole(self.size, "layout.size")
+        if self.rule not in RULES:
+            raise UserError(f"layout.rule={self.rule}: expected {' or '.join(RULES)}")
         if "file_name" not in prompts.entries[0]:
             raise UserError(
                 f"prompts={prompts.source}: layout=coco_reference needs prompts=coco14_30k"
@@ -234,7 +245,7 @@ class CocoReference:
 
     def _describe(self, prompts: PromptSet, out: Path, targets: set[Path]) -> None:
         rule = {
-            "resize": f"centre crop to the shorter side, Pillow's Lanczos to {self.size}",
+            "resize": RULES[self.rule].format(size=self.size),
             "images": "MS-COCO val2014",
             "count": len(targets),
             "sha256": prompts.settings["sha256"],
@@ -254,8 +265,13 @@ class CocoReference:
         if target.exists():
             return
         picture = Image.fromarray(read(image).permute(1, 2, 0).numpy())
+        with replacing(target, durable=False) as file:
+            self._fit(picture).save(file, "PNG")
+
+    def _fit(self, picture: Image.Image) -> Image.Image:
+        if self.rule == "torchvision":
+            return center_crop(resize(picture, self.size), self.size)
         side = min(picture.size)
         left, top = ((length - side) // 2 for length in picture.size)
         picture = picture.crop((left, top, left + side, top + side))
-        with replacing(target, durable=False) as file:
-            picture.resize((self.size, self.size), Image.Resampling.LANCZOS).save(file, "PNG")
+        return picture.resize((self.size, self.size), Image.Resampling.LANCZOS)

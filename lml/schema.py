@@ -246,6 +246,8 @@ class Sample(Searching, Sampling):
     _: dataclasses.KW_ONLY
     name: Name
     num_images: Images
+    seeds: Images | None = None
+    rate: Positive | None = None
     nfe: Evaluations
     reference: FilePath | None
     logger: Logger
@@ -480,6 +482,7 @@ class WholeRunConfig(RunConfig):
     channels_last: bool
     attention: Attention | None
     prompts: Made | Nothing
+    seeds: Images | None = None
 
 
 @dataclass

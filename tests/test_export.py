@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from torchvision import transforms
 
 from lml import export
 from lml.data import prompts
@@ -421,6 +422,16 @@ def test_the_reference_is_the_images_of_the_captions(script, coco, tmp_path):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "reference" / name)), expected)
     about = json.loads((tmp_path / "reference/reference.json").read_text())
     assert about["count"] == 5 and about["sha256"] == chosen.settings["sha256"]
+
+
+def test_a_reference_set_by_torchvisions_rule(script, coco, tmp_path):
+    assert script("export", *coco, "layout.rule=torchvision", "layout.size=10").code == 0
+    rule = transforms.Compose([transforms.Resize(10), transforms.CenterCrop(10)])
+    for file in (tmp_path / "reference").glob("*.png"):
+        (original,) = tmp_path.rglob(f"{file.stem}.jpg")
+        expected = np.asarray(rule(Image.open(original).convert("RGB")))
+        assert np.array_equal(np.asarray(Image.open(file)), expected)
+    refused(script, *coco, "layout.rule=other", pattern="layout.rule=other: expected edm or torchv")
 
 
 def test_a_reference_set_is_completed_by_the_same_command(script, coco, tmp_path):

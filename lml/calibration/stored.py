@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,39 @@ CHOSEN_BY_IT = (
     *("name", "calibration", "objective"),
     *("rank", "damping", "damping_scale", "length"),
 )
+
+
+class NoCalibrationError(UserError):
+    """There is no calibration for the settings of the runs `cfgs`. Says how to make them."""
+
+    def __init__(self, cfgs: Sequence[Mapping[str, Any]]):
+        self.cfgs = cfgs
+        which, what = "these settings", "one"
+        if len(cfgs) > 1:
+            which, what = f"the settings of {len(cfgs)} cells", "them"
+        super().__init__(
+            f"lml=calibrated: no calibration for {which}; make {what}: {self._command()}"
+        )
+
+    def _command(self) -> str:
+        first = self.cfgs[0]
+        axes = {
+            "model": [cfg["model"]["name"] for cfg in self.cfgs],
+            "solver": [cfg["solver"]["name"] for cfg in self.cfgs],
+            "grid": [cfg["grid"].get("name", "default") for cfg in self.cfgs],
+            "nfe": [cfg["nfe"] for cfg in self.cfgs],
+        }
+        choices = {key: ",".join(map(str, dict.fromkeys(axis))) for key, axis in axes.items()}
+        if first["model"].get("path"):
+            choices["model.path"] = first["model"]["path"]
+        if prompts := first["prompts"]:
+            choices["model.guidance_scale"] = first["model"]["guidance_scale"]
+            choices["prompts"] = prompts["_target_"].rpartition(".")[2]
+            kept = {f"prompts.{key}": value for key, value in prompts.items()}
+            choices |= {key: kept[key] for key in ("prompts.file", "prompts.path") if key in kept}
+        swept = " -m" if any("," in str(choice) for choice in choices.values()) else ""
+        words = (shlex.quote(f"{key}={value}") for key, value in choices.items())
+        return " ".join([f"python scripts/calibrate.py{swept}", *words])
 
 
 def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:
@@ -98,12 +132,7 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     elif (path := find_calibration(settings)) is not None:
         values = read(path, "lml.calibration")
     else:
-        grid = cfg["grid"].get("name", "default")
-        raise UserError(
-            "lml=calibrated: no calibration for these settings; make one: "
-            f"python scripts/calibrate.py model={cfg['model']['name']} "
-            f"solver={cfg['solver']['name']} grid={grid} nfe={cfg['nfe']}"
-        )
+        raise NoCalibrationError([cfg])
     rest = {key: value for key, value in lml.items() if key not in CHOSEN_BY_IT}
     objective = settings["objective"]
     name = "calibrated" if objective == LML.objective else f"calibrated ({objective})"

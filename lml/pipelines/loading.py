@@ -183,6 +183,19 @@ class Weights:
         return digest.hexdigest()
 
 
+def sample_size(folder: Path) -> tuple[int, int] | None:
+    """(height, width) of the samples of the network in `folder`; None if its config has none."""
+    size = read_object(folder / "config.json").get("sample_size")
+    if isinstance(size, int):
+        return size, size
+    return tuple(size) if isinstance(size, list) and len(size) == 2 else None
+
+
+def decoder_factor(folder: Path) -> int:
+    """The side of an image over that of its latents, for the autoencoder in `folder`."""
+    return 2 ** (len(read_object(folder / "config.json").get("block_out_channels", [0])) - 1)
+
+
 def find_weights(
     folder: Path, key: str, config: Mapping[str, Any], group: str = "model"
 ) -> Weights:

@@ -54,6 +54,14 @@ class TextModel:
     controlnet: loading.Weights | None = None
     has_latents: ClassVar[bool] = True
 
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images; None if it is not known before the network is loaded."""
+        latents = loading.sample_size(self.folder / _denoiser(self.folder))
+        factor = loading.decoder_factor(self.folder / "vae")
+        own = (None, None) if latents is None else (latents[0] * factor, latents[1] * factor)
+        size = self.config.get("height") or own[0], self.config.get("width") or own[1]
+        return None if None in size else size
+
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool
     ) -> TextSampler:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lml.errors import UserError
 from lml.files import disk_error, write_atomic
-from lml.report import figures, page, results, tables, text
+from lml.report import figures, page, paper, results, tables, text
 from lml.runs.records import check_output, read_config
 from lml.schema import Cell
 
@@ -103,11 +103,16 @@ def _plain(show: object) -> object:
 
 
 def _shown(
-    known: Sequence[results.Result], metrics: Sequence[str], cells: Sequence[Cell] = ()
+    known: Sequence[results.Result],
+    metrics: Sequence[str],
+    cells: Sequence[Cell] = (),
+    published: Sequence[paper.Published] = (),
 ) -> list[tuple[tables.Table, list[results.Result]]]:
     """Of each metric the table and the results it is made of."""
     chosen = {metric: [r for r in known if r.metric == metric] for metric in metrics}
-    return [(tables.build(metric, found, cells), found) for metric, found in chosen.items()]
+    return [
+        (tables.build(metric, found, cells, published), found) for metric, found in chosen.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class _Study:
     commands: list[str]
     cells: list[Cell]
     notes: list[str]  # about files that could not be used
+    published: list[paper.Published]
 
 
 def _read(runs: Path, out: Path) -> _Study:
@@ -137,7 +143,8 @@ def _read(runs: Path, out: Path) -> _Study:
     sweep = (runs if (runs / "sweep.yaml").is_file() else out) / "sweep.yaml"
     commands, cells = results.read_sweep(sweep, notes.append)
     commands = commands or [f"python scripts/sample.py -m experiment={runs.name}"]
-    return _Study(runs, found, known, sweep, commands, cells, notes)
+    published = paper.read_paper(out / paper.FILE)
+    return _Study(runs, found, known, sweep, commands, cells, notes, published)
 
 
 def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
@@ -147,7 +154,7 @@ def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
     files["results.csv"] = results.to_csv(rows)
     if study.cells:
         files["sweep.yaml"] = study.sweep.read_bytes()
-    drawn, times, shown = {}, [], _shown(study.known, metrics, study.cells)
+    drawn, times, shown = {}, [], _shown(study.known, metrics, study.cells, study.published)
     for table, chosen in shown:
         metric, stem = table.metric, table.metric.replace("/", "_")
         if results.is_timing(metric):

@@ -20,8 +20,8 @@ CALIBRATIONS = (CALIBRATED, f"{CALIBRATED} (features)")  # by the objective
 
 PRESETS = (DEFAULT, PUBLISHED)
 
-# The usual names, for figures; a solver's is the `title` of its config. Tables have the names of the
-# configs, which users type.
+# The usual names, for figures; a solver's is the `title` of its config. Tables have the names of
+# the configs, which users type.
 
 GRIDS = {
     "ays": "Align Your Steps",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lml.metrics.base import class_by_name, is_higher_better
 from lml.report import labels
 from lml.report.labels import OFF
+from lml.report.paper import Published
 from lml.report.results import Cell, Result, is_timing
 
 
@@ -82,6 +83,7 @@ class Table:
     metric: str
     rows: dict[Row, dict[int | str, Entry]]
     notes: list[str] = field(default_factory=list)
+    paper: list[Published] = field(default_factory=list)  # the paper's numbers
     times_at: int | None = None
 
     @property
@@ -99,6 +101,11 @@ class Table:
     def groups(self) -> list[Group]:
         """All groups, in the order of the rows."""
         return list(dict.fromkeys(row.group for row in self.rows))
+
+    def published(self, row: Row) -> dict[int, Published]:
+        """The paper's numbers of the row, by the number of evaluations."""
+        cell = (row.group.model, row.solver)
+        return {entry.nfe: entry for entry in self.paper if (entry.model, entry.solver) == cell}
 
     def base(self, row: Row, nfe: int) -> Entry | None:
         """The entry with LML off and all else equal."""
@@ -171,8 +178,13 @@ def row_of(result: Result) -> Row:
     return Row(group, labels.solver_label(result.solver, result.solver_options), result.grid, lml)
 
 
-def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) -> Table:
-    """The table of one metric, from existing `results` and from `cells`, the planned runs.
+def build(
+    metric: str,
+    results: Sequence[Result],
+    cells: Sequence[Cell] = (),
+    paper: Sequence[Published] = (),
+) -> Table:
+    """The table of one metric, from `results`, `cells` (the planned runs) and the paper's numbers.
 
     If only some seeds of a cell are missing, a note says so.
     """
@@ -200,7 +212,7 @@ def build(metric: str, results: Sequence[Result], cells: Sequence[Cell] = ()) ->
         status = _status(cell)
         columns.setdefault(cell.nfe, Entry({}, cell.num_images, status))
     rows = dict(sorted(entries.items(), key=lambda item: order(item[0])))
-    table = Table(metric, rows, notes)
+    table = Table(metric, rows, notes, [entry for entry in paper if entry.metric == metric])
     table.notes += [*_seed_notes(table), *_absence_notes(absent)]
     return table
 

@@ -29,7 +29,9 @@ def _cells(table: Table) -> tuple[list[str], list[list[Text]]]:
             text = "" if entry is None else str(entry)
             gain = change(entry, base) if entry and base else ""
             line.append((f"{text} ({gain})" if gain else text, (row, nfe) in bold))
-        lines.append([*line, ("", False)])
+        paper = table.published(row)
+        numbers = [f"{paper[nfe].value:g}" if nfe in paper else "–" for nfe in table.columns]
+        lines.append([*line, (" / ".join(numbers) if paper else "", False)])
     return header, lines
 
 
@@ -98,6 +100,10 @@ def caption(table: Table) -> str:
         (short,) = describe(groups[0]._replace(protocol=protocol), ["protocol"])
         which = f" {short}" if "protocol" in keys else ""
         lines.append(f"Protocol{which}: {', '.join(_flat(json.loads(protocol)))}.")
+    if sources := sorted({entry.source for entry in table.paper}):
+        lines.append(
+            f"The paper's numbers, in the order of the columns, are from: {'; '.join(sources)}."
+        )
     return "\n\n".join(lines)
 
 
@@ -162,6 +168,8 @@ def to_csv(table: Table) -> str:
             entry, base = entries[nfe], table.base(row, nfe)
             gain = change(entry, base) if base else ""
             numbers = ["" if math.isnan(x) else x for x in (entry.mean, entry.std)]
-            values = [nfe, *numbers, len(entry.values), gain, entry.status, ""]
+            paper = table.published(row)
+            theirs = paper[nfe].value if nfe in paper else ""
+            values = [nfe, *numbers, len(entry.values), gain, entry.status, theirs]
             writer.writerow([*row.group, *row[1:], *values])
     return buffer.getvalue()

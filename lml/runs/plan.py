@@ -44,7 +44,8 @@ def determine(
     The timesteps of `scheduler` must be set.
     """
     keys = ("nfe", "seed", "num_images", "batch_size", "dtype", "compile", "channels_last")
-    optional = {"attention": cfg["attention"]} if cfg["attention"] else {}
+    # left out where they do nothing, so that runs older than these options keep their hash
+    optional = {key: cfg[key] for key in ("attention", "seeds") if cfg.get(key)}
     if prompts is not None:
         optional["prompts"] = prompts.settings
     lml = {key: value for key, value in cfg["lml"].items() if key != "name"}

@@ -88,7 +88,9 @@ class Worker:
     def images(self, sampler: Sampler, block: range) -> Tensor:
         """The images with the indices in `block`, (B, C, H, W) in about [-1, 1]."""
         cfg, model, scheduler = self.plan.cfg, self.plan.model, self.plan.scheduler
-        seeds = [cfg["seed"] + i for i in block]
+        # config.yaml of a run older than this key has none
+        repeated = cfg.get("seeds")
+        seeds = [cfg["seed"] + (i % repeated if repeated else i) for i in block]
         prompts = self.plan.prompts
         texts = None if prompts is None else prompts[block.start : block.stop].texts
         options = cfg["solver"].get("step") or {}

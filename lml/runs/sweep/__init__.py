@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lml.calibration.stored import NoCalibrationError
 from lml.device import find_device
 from lml.errors import UserError, say
 from lml.metrics.base import class_of, is_higher_better
@@ -57,6 +58,7 @@ class Sweep:
         trials: int | None = None,
     ):
         self.compose, self.local, self.trials = compose, local, trials
+        self.rate = config.get("rate")
         self.base = config.get("name")
         self.search = config.get("sweep")
         self.objective = find_objective(config) if self.search else None
@@ -108,8 +110,11 @@ class Sweep:
             if self.first and name not in self._ledgers:
                 self._ledgers[name] = Ledger(Path("outputs", name))
         self._write()
-        if begins and self.first:
-            print(self._outlook(), flush=True)
+        if begins:
+            outlook = self._outlook()
+            if self.first:
+                print(outlook, flush=True)
+            outlook.check_room()
         todo = list({cell.key: cell for cell in cells if cell.status == MISSING}.values())
         if todo:
             made = make([cell.overrides for cell in todo])
@@ -157,14 +162,20 @@ class Sweep:
             cell.plan = planned
         except UserError as error:
             cell.status, cell.reason = REFUSED, str(error)
+            cell.lacks_calibration = isinstance(error, NoCalibrationError)
         return cell
 
     @staticmethod
     def _say_refused(cells: Iterable[Cell]) -> None:
         reasons: dict[str, list[Cell]] = {}
+        lacking = []
         for cell in cells:
-            if cell.status == REFUSED:
+            if cell.lacks_calibration:
+                lacking.append(cell.config)
+            elif cell.status == REFUSED:
                 reasons.setdefault(cell.reason, []).append(cell)
+        if lacking:
+            say(f"{NoCalibrationError(lacking)}; skipped")
         for reason, (cell, *others) in reasons.items():
             more = f" (and {len(others)} more)" if others else ""
             say(f"{cell}{more}: {reason}; skipped")
@@ -218,7 +229,7 @@ class Sweep:
 
     def _outlook(self) -> Outlook:
         cells = list(self.cells.values())
-        return Outlook(cells, self.base, self.local, self.trials, self._final_images)
+        return Outlook(cells, self.base, self.local, self.trials, self._final_images, self.rate)
 
     def _check_seeds(self, cells: Sequence[Cell]) -> None:
         cells = [cell for cell in cells if cell.config]

@@ -22,6 +22,7 @@ class Cell:
     plan: Plan | None = None
     status: str = MISSING
     reason: str | None = None
+    lacks_calibration: bool = False
     value: float | None = None  # the search's objective
 
     @property

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from lml.runs.worker import Worker
 from lml.schema import RunConfig, Timing
 from lml.seals import canonical
 
+BLOCK = 4096  # bytes that the smallest file takes, on most file systems
+
 
 @dataclass(frozen=True)
 class Outlook:
@@ -27,7 +32,7 @@ class Outlook:
 
     `trials` is the number of cells if the sweeper chooses them one by one. `final_images` is the
     number of images in each run at the end of a search. `local` says that cells are made in this
-    process.
+    process. `rate` is the number of evaluations per second, or None, if it is to be measured.
     """
 
     cells: Sequence[Cell]
@@ -35,6 +40,7 @@ class Outlook:
     local: bool
     trials: int | None = None
     final_images: int = 0
+    rate: float | None = None
 
     def __str__(self) -> str:
         todo, images = self._to_make()
@@ -50,6 +56,26 @@ class Outlook:
         if self.final_images:
             line += f"; then, of the best and of lml=off, {self.final_images:,} images each"
         return line
+
+    def check_room(self) -> None:
+        """UserError if the disk has too little space for the images. PNGs halve an image at best.
+
+        Images whose size is not known before their network is loaded are not counted.
+        """
+        needed, count = defaultdict(int), 0
+        for cell, images in zip(*self._to_make(), strict=True):
+            if (size := cell.plan.model.image_size()) is None:
+                continue
+            folder = cell.plan.folder.path
+            disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            needed[disk] += images * max(BLOCK, 3 * math.prod(size) // 2)
+            count += images
+        for disk, size in needed.items():
+            if size > (free := shutil.disk_usage(disk).free):
+                raise UserError(
+                    f"{disk}: has {free / 1e9:.1f} GB free, and {count:,} images need at least "
+                    f"{size / 1e9:.1f} GB; free some space, or make less (num_images, nfe)"
+                )
 
     def _to_make(self) -> tuple[list[Cell], list[int]]:
         """The cells that are not finished, and the number of images that each lacks."""
@@ -69,9 +95,9 @@ class Outlook:
         return ", ".join(parts)
 
     def _duration(self, cells: Sequence[Cell], work: Sequence[int]) -> str:
-        seconds = self._seconds(cells, work)
+        seconds = sum(work) / self.rate if self.rate else self._seconds(cells, work)
         if seconds is None:
-            return "time not known yet"
+            return "time not known yet (rate= says how many evaluations/s there are)"
         each, rate = "" if self.local else " in one process", sum(work) / seconds
         rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         return f"about {_in_words(seconds)}{each} at {rate} evaluations/s"
