@@ -86,7 +86,10 @@ def correction_time(shape: Sequence[int], ranks: Sequence[int], repeats: int) ->
         calls = {}
         for rank in ranks:
             correction, damping = LMLCorrection(rank=rank), default_damping(rank)
-            calls[rank] = partial(correction, anchors=directions[1 : 1 + rank], damping=damping)
+            anchors = ()
+            for direction in directions[1 : rank + 2]:
+                _, anchors = correction(direction, anchors, damping)
+            calls[rank] = partial(correction, anchors=anchors, damping=damping)
         source, target = directions[0], torch.empty(*shape)
         steps = _full_order_steps(shape)
         seconds = {name: [] for name in ("copy", "step", *ranks)}
@@ -133,7 +136,9 @@ def correction_memory(shape: Sequence[int], ranks: Sequence[int]) -> list[Row]:
             def trajectory(rank: int = rank, directions: list[Tensor] = directions) -> None:
                 correction, anchors = LMLCorrection(rank=rank), ()
                 for direction in directions:
-                    _, anchors = correction(direction, anchors, default_damping(rank))
+                    made = correction(direction, anchors, default_damping(rank))
+                    anchors = made[1]
+                    del made  # the solver that takes g' does not keep it
 
             tensors = peak_memory(trajectory) / directions[0].nbytes
             name = f"peak memory of the correction at rank {rank}, in samples"

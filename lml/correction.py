@@ -82,30 +82,39 @@ class LMLCorrection(Options):
         Args:
             direction: g, a floating-point tensor (B, ...).
             anchors: what the call before returned; () for the first direction of a trajectory,
-                which is returned unchanged. Those of another shape or device are dropped.
+                which is returned unchanged. Those of another shape or device count as ().
             damping: on the scale of the options; with None g' is g.
             length: what g' is multiplied by.
         """
         if self.rank == 0:
             return direction, ()
-        shape, device = direction.shape, direction.device
-        anchors = tuple(u for u in anchors if u.shape == shape and u.device == device)
-        corrected = direction if damping is None else self._correct(anchors, direction, damping)
+        if any((u.shape, u.device) != (direction.shape, direction.device) for u in anchors):
+            anchors = ()
+        corrected, products = direction, None
+        if damping is not None:
+            corrected, products = self._correct(anchors, direction, damping)
         if length != 1:
             corrected = corrected * length
-        return corrected, (*anchors, direction.detach().clone())[-self.rank :]
+        kept = numerics.Anchors((*anchors, direction.detach().clone())[-self.rank :])
+        if products is not None and self.anchor == "history":
+            kept.products = products[:, -self.rank :, -self.rank :]
+        return corrected, kept
 
-    def columns(self, anchors: Sequence[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
+    def columns(self, anchors: Sequence[Tensor], direction: Tensor) -> Sequence[Tensor]:
         """u_1 ... u_r of g = `direction`, like it; `anchors` are what `forward` was given."""
         if self.anchor == "history":
-            return tuple(anchors)
+            return anchors
         g = direction.to(torch.promote_types(direction.dtype, torch.float32))
         previous = anchors[-1].to(g.dtype) if anchors else g
         return (self.kappa * previous + (1 - self.kappa) * g,)  # lerp would overflow
 
-    def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:
+    def _correct(
+        self, anchors: Sequence[Tensor], g: Tensor, damping: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """g', and the inner products of the anchors and g, if it took them."""
         if self.anchor == "ema" and self.norm_preserving and (self.kappa == 0 or not anchors):
-            return direction  # u = g; the rounding of a tiny d would be scaled to full size
-        if not (U := self.columns(anchors, direction)):
-            return direction
-        return numerics.correct(direction, U, damping, self.is_relative, self.norm_preserving)
+            return g, None  # u = g; the rounding of a tiny d would be scaled to full size
+        if not (U := self.columns(anchors, g)):
+            return g, None
+        known = getattr(U, "products", None)
+        return numerics.correct(g, U, damping, self.is_relative, self.norm_preserving, known)

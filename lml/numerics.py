@@ -21,20 +21,31 @@ ROUNDING = 100.0  # in float32's epsilons, relative to |d|: more than that is do
 FLOOR = 500  # in float64's epsilons of |u|^2: a smaller damping drowns in the rounding of U^T U
 
 
+class Anchors(tuple):
+    """u_1 ... u_r, the oldest first. `products` is U^T U (B, r, r), if it is known."""
+
+    products: Tensor | None = None
+
+
 def correct(
     direction: Tensor,
     anchors: Sequence[Tensor],
     damping: float,
     is_relative: bool,
     norm_preserving: bool,
-) -> Tensor:
+    products: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """g' of each sample, of the shape (B, ...), type, device and layout of `direction`.
+
+    The second value is [U g]^T [U g] (B, r + 1, r + 1), or None if it was not computed for all
+    samples. Its part that belongs to the next direction's anchors may be that one's `products`.
 
     Args:
         direction: g, a floating-point tensor (B, ...).
         anchors: r >= 1 tensors like it.
         damping: lambda > 0; with `is_relative` in units of mean |u|^2.
         norm_preserving: scale d to the norm of g.
+        products: U^T U (B, r, r), if known.
     """
     ceiling = torch.finfo(_wide(direction)).max ** 0.8  # a larger damping changes nothing
     options = (min(damping, ceiling), is_relative, norm_preserving)
@@ -46,30 +57,32 @@ def correct(
 
     tracked = torch.is_grad_enabled() and any(v.requires_grad for v in vectors)
     if tracked or dtype == torch.float64:
-        rest = torch.arange(len(out), device=out.device)
+        rest, products = torch.arange(len(out), device=out.device), None
     else:
-        rest = _in_float32(vectors, out, *options, largest)
+        products = _inner_products(vectors, out, products)
+        rest = _in_float32(vectors, products, out, *options, largest)
     for rows in rest.split(_block(out)) if len(rest) else ():
         out[rows] = _in_float64([v[rows] for v in vectors], *options, largest, tracked).to(dtype)
     if dtype != corrected.dtype or not corrected.is_contiguous():
         corrected.copy_(out.view_as(corrected))
-    return corrected
+    return corrected, products
 
 
 def _in_float32(
     vectors: list[Tensor],
+    products: Tensor,
     out: Tensor,
     damping: float,
     is_relative: bool,
     norm_preserving: bool,
     largest: float,
 ) -> Tensor:
-    """Write g' to `out` (B, D); `vectors` are the anchors and g. Returns the samples to do again.
+    """Write g' to `out` (B, D); `vectors` are the anchors and g, `products` their inner products.
 
-    `out` also holds the products on the way: no other memory of its size is needed.
+    Returns the samples to do again.
     """
     r = len(vectors) - 1
-    gram = _inner_products(vectors, out).to(_wide(out))
+    gram = products.to(_wide(out))
     squares = gram.diagonal(dim1=1, dim2=2)
     U2, g2 = squares[:, :r].sum(1, keepdim=True), squares[:, r:]  # |U|^2 and |g|^2
     lam = damping / r * U2 if is_relative else torch.full_like(U2, damping)
@@ -116,11 +129,18 @@ def _in_float64(
     return d * torch.where(norm_d > 0, norm / norm_d, 1.0) * size_g
 
 
-def _inner_products(vectors: list[Tensor], out: Tensor | None) -> Tensor:
-    """[U g]^T [U g] (B, r + 1, r + 1) of the vectors (B, D); `out`, if any, is overwritten."""
+def _inner_products(
+    vectors: list[Tensor], out: Tensor | None, known: Tensor | None = None
+) -> Tensor:
+    """[U g]^T [U g] (B, r + 1, r + 1) of the vectors (B, D); `known` is U^T U, if it is.
+
+    `out`, if any, holds numbers on the way, so that no other memory of its size is needed.
+    """
     n = len(vectors)
     lower = {
         (i, j): torch.mul(vectors[i], vectors[j], out=out).sum(1)
+        if known is None or i == n - 1
+        else known[:, i, j]
         for i in range(n)
         for j in range(i + 1)
     }

@@ -465,3 +465,26 @@ def test_anchors_of_another_shape_are_dropped():
 def test_options_out_of_range_are_refused_by_name(option):
     with pytest.raises(ValueError, match=f"^{list(option)[-1]}="):
         LMLCorrection(**option)
+
+
+def test_inner_products_that_are_kept_are_those_that_are_taken(monkeypatch):
+    """A step of a trajectory takes r + 1 inner products, and gives the bits of a step on its own."""
+    correction, taken = LMLCorrection(rank=3), []
+    products = numerics._inner_products
+    monkeypatch.setattr(
+        numerics, "_inner_products", lambda *args: taken.append(args[2:]) or products(*args)
+    )
+    directions = [torch.randn(5, 3, 8, 8) for _ in range(7)]
+    directions[3][0] *= 1e25  # its square overflows: done again in float64
+    anchors = ()
+    for g in directions:
+        alone, _ = correction(g, tuple(anchors), 2.0)
+        corrected, anchors = correction(g, anchors, 2.0)
+        assert torch.equal(corrected, alone)
+    assert anchors.products.shape == (5, 3, 3)
+    expected = torch.einsum("ib...,jb...->bij", *2 * [torch.stack(anchors).double()])
+    assert error(anchors.products[1:].double(), expected[1:]) < 1e-6
+    _, anchors = correction(directions[0], anchors, None)  # a step that is left as it is
+    assert anchors.products is None
+    _, anchors = correction(directions[0][:2], anchors, 2.0)  # another batch size
+    assert len(anchors) == 1 and anchors.products is None

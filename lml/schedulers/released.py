@@ -46,14 +46,16 @@ class ReleasedCorrection(LMLCorrection):
             if self.rank and getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)}: the released code has {value}")
 
-    def _correct(self, anchors: Sequence[Tensor], direction: Tensor, damping: float) -> Tensor:
+    def _correct(
+        self, anchors: Sequence[Tensor], direction: Tensor, damping: float
+    ) -> tuple[Tensor, None]:
         axes = tuple(range(1, direction.ndim))
         g = u = direction
         if anchors:
             u = self.kappa * anchors[-1] + (1 - self.kappa) * g
         square = (g * g).sum(axes, keepdim=True)
         d = g - u * (g * u).sum(axes, keepdim=True) / (damping + (u * u).sum(axes, keepdim=True))
-        return d * square.sqrt() / (d * d).sum(axes, keepdim=True).sqrt()
+        return d * square.sqrt() / (d * d).sum(axes, keepdim=True).sqrt(), None
 
 
 class ReleasedDDIMScheduler(LMLDDIMScheduler):
