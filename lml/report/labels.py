@@ -65,6 +65,7 @@ MODELS = {
     "ideal_cifar10": "ideal CIFAR-10",
 }
 METRICS = {
+    "clip_cosine": "CLIP cosine",
     "clip_score": "CLIP score",
     "cmmd": "CMMD",
     "convergence/cosine": "cosine to the fine solution",

@@ -264,6 +264,7 @@ KEYS = [
     ("sample", "metrics.fid.weights", "metrics=fid"),
     ("sample", "metrics.convergence.reference", "metrics=convergence"),
     ("sample", "metrics.clip_score.model", "metrics=clip_score"),
+    ("sample", "metrics.clip_cosine.model", "metrics=clip_cosine"),
     ("sample", "metrics.cmmd.model", "metrics=cmmd"),
     ("sample", "metrics.fd_dinov2.model", "metrics=fd_dinov2"),
     ("sample", "metrics.image_reward.weights", "metrics=image_reward"),
