@@ -257,6 +257,7 @@ KEYS = [
     ("sample", "model.control_image", "model=sd15_canny"),
     ("sample", "prompts.file", "prompts=text"),
     ("sample", "prompts.file", "prompts=table"),
+    ("sample", "prompts.file", "prompts=captions"),
     ("sample", "prompts.file", "prompts=coco14_30k"),
     ("sample", "prompts.path", "prompts=t2i_compbench"),
     ("sample", "metrics.fd_cifar.features"),
