@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,13 +182,25 @@ def test_every_category_has_a_name_that_people_write():
         assert Table(f"{METRIC}/{category}", {}).higher
 
 
+def test_the_docs_name_every_evaluators_file():
+    text = (ROOT / "docs/running.md").read_text()
+    found = {}
+    for line in re.findall(r"^\| (`.*vqa_result.json`) \|$", text, re.M):
+        categories, name, file = line.split(" | ")
+        for category in re.findall(r"`(\w+)`", categories):
+            found[category] = (name.split(",")[0], file.strip("`"))
+    assert found == {key: (each.name, each.file) for key, each in EVALUATORS.items()}
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def refused(script, tmp_path, pattern: str, *arguments: str) -> None:
+def refused(script, tmp_path, *patterns: str, evaluations: str | None = None) -> None:
+    arguments = [f"evaluations={evaluations}"] if evaluations else []
     outcome = script("tabulate", "name=study", *arguments)
     assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome
-    assert outcome.err.startswith("evaluations=") and pattern in outcome.err, outcome.err
+    assert outcome.err.startswith("evaluations=")
+    assert all(pattern in outcome.err for pattern in patterns), outcome.err
     assert len(outcome.err) < 400 and not (tmp_path / "experiments").exists()
 
 
@@ -225,8 +238,7 @@ DAMAGED = {
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_scores_that_are_not_those_of_the_run(script, study, tmp_path, content):
     (study / HERE).write_text(content)
-    refused(script, tmp_path, f"evaluations=outputs/study/evaluations: {HERE}")
-    refused(script, tmp_path, DAMAGED[content])
+    refused(script, tmp_path, f"=outputs/study/evaluations: {HERE}", DAMAGED[content])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "dangling", "device", "binary"])
@@ -259,8 +271,7 @@ def test_an_export_that_is_not_of_the_run(script, study, tmp_path):
         (json.dumps({**json.loads(whole), "settings_sha256": "../x"}), "settings_sha256=../x"),
     ):
         mark.write_text(content)
-        refused(script, tmp_path, f"{COLOR}/run.json: {pattern}")
-        refused(script, tmp_path, "; export the run again")
+        refused(script, tmp_path, f"{COLOR}/run.json: {pattern}", "; export the run again")
     mark.unlink()
     refused(script, tmp_path, "evaluations: no color of outputs/study/")
     mark.write_text(whole)
@@ -275,10 +286,10 @@ def test_an_export_that_is_not_of_the_run(script, study, tmp_path):
 
 
 def test_a_folder_without_scores_of_the_runs(script, study, tmp_path):
-    refused(script, tmp_path, "evaluations=nowhere: no such folder", "evaluations=nowhere")
-    refused(script, tmp_path, "evaluations=2024: expected a path", "evaluations=2024")
+    refused(script, tmp_path, "=nowhere: no such folder", evaluations="nowhere")
+    refused(script, tmp_path, "=2024: expected a path", evaluations="2024")
     (tmp_path / "empty").mkdir()
-    refused(script, tmp_path, "no scores of the runs in outputs/study", "evaluations=empty")
+    refused(script, tmp_path, "no scores of the runs in outputs/study", evaluations="empty")
     for mark in study.glob("*/*/*/run.json"):
         edit(mark, settings_sha256="0" * 64) if "ddim-2" in mark.parts else mark.unlink()
     refused(script, tmp_path, "no scores of the runs in outputs/study; export them there with")
