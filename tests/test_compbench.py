@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lml.data import prompts
 from lml.data.assets import ROOT
 from lml.files import read_json
 from lml.report import labels
-from lml.report.compbench import EVALUATORS, METRIC, by_category
+from lml.report.compbench import EVALUATORS, METRIC
 from lml.report.tables import Table
 
 CATEGORIES = ("color", "spatial", "non_spatial", "complex")
@@ -225,6 +224,8 @@ DAMAGED = {
     json.dumps(answers(answer="nan")): "answer 'nan' of question_id 3: no number",
     json.dumps(answers(answer=float("inf"))): "answer inf of question_id 3: no number",
     json.dumps(answers(answer=10**400)): "of question_id 3: no number",
+    json.dumps([{**each, "answer": 1e308} for each in answers()]): "no number in [-1, 1]",
+    json.dumps(answers(answer=-1.01)): "answer -1.01 of question_id 3: no number in [-1, 1]",
     json.dumps(answers(question_id=-1)): "[3].question_id=-1: expected a whole number",
     json.dumps(answers(question_id="3")): "[3].question_id=3: expected a whole number",
     json.dumps(answers(question_id=12)): "of other images: has question_id 12; expected 0 to 3",
@@ -307,14 +308,3 @@ def test_a_run_that_was_made_anew_has_no_scores_of_the_old_one(script, study, tm
     manifest["images"]["000002.png"] = "0" * 64
     (run / "manifest.json").write_text(json.dumps(manifest))
     refused(script, tmp_path, f"{COLOR}: other images than those of outputs/study/{run.name}")
-
-
-def test_categories_are_those_of_the_prompts(study):
-    run = next(study.parent.glob("*/manifest.json")).parent
-    found = by_category(
-        run, prompts.read(run / "prompts.jsonl"), read_json(run / "manifest.json")["images"]
-    )
-    assert tuple(found) == CATEGORIES
-    assert [name for images in found.values() for name in images] == [
-        f"{k:06d}.png" for k in range(16)
-    ]

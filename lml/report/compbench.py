@@ -25,6 +25,11 @@ from lml.seals import settings_hash
 METRIC = "t2i_compbench"  # in tables; its parts are the categories
 EXPORT = "run.json"  # beside the folder of samples
 IMAGES = 3000  # of a category: 300 prompts, 10 images each
+LARGEST = 1 + 1e-6  # a cosine or a share, up to rounding
+
+
+# Of images by name: the record of the prompt, and the sha256.
+Images = dict[str, tuple[dict[str, Any], str]]
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,8 @@ def is_score(metric: str) -> bool:
     return metric.startswith(f"{METRIC}/")
 
 
-def by_category(
-    run: Path, prompts: PromptSet, hashes: Any
-) -> dict[str, dict[str, tuple[dict[str, Any], str]]]:
-    """For each category of a run its images, in order: name, record of the prompt, and sha256.
+def by_category(run: Path, prompts: PromptSet, hashes: Any) -> dict[str, Images]:
+    """The images of each category of the run in the folder `run`, in their order.
 
     `hashes` are the images of the run's manifest. UserError unless there is one for each prompt,
     and for names that lead out of their folder.
@@ -77,19 +80,14 @@ def by_category(
     return dict(images)
 
 
-def _images_hash(images: Mapping[str, tuple[dict[str, Any], str]]) -> str:
+def _hash(images: Images) -> str:
     return settings_hash({name: sha256 for name, (_, sha256) in images.items()})
 
 
-def mark(
-    folder: Path,
-    category: str,
-    images: Mapping[str, tuple[dict[str, Any], str]],
-    settings_sha256: str,
-) -> None:
+def mark(folder: Path, category: str, images: Images, settings_sha256: str) -> None:
     """Write into `folder`, which holds the samples of a category, whose images they are."""
     values = {"category": category, "settings_sha256": settings_sha256}
-    write_json(folder / EXPORT, {**values, "images_sha256": _images_hash(images)}, "out")
+    write_json(folder / EXPORT, {**values, "images_sha256": _hash(images)}, "out")
 
 
 class Evaluations:
@@ -141,7 +139,7 @@ class Evaluations:
             if category not in images:
                 continue
             folder, images_sha256 = exports[category]
-            if images_sha256 != _images_hash(images[category]):
+            if images_sha256 != _hash(images[category]):
                 raise UserError(
                     f"{self._label(folder)}: other images than those of {run}; export it again to "
                     "another place, and evaluate that"
@@ -197,14 +195,14 @@ class Evaluations:
                 score = float(answer)  # BLIP-VQA writes text
             except (ValueError, OverflowError):
                 score = math.nan
-            if not math.isfinite(score):
+            if not abs(score) <= LARGEST:
                 raise UserError(
-                    f"{label}: answer {answer!a:.40} of question_id {number}: no number"
+                    f"{label}: answer {answer!a:.40} of question_id {number}: no number in [-1, 1]"
                 )
             yield number, score
 
 
-def entries(scores: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+def as_metrics(scores: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
     """The mean over images of each evaluated category, as metrics.json of a run has a metric."""
     by = defaultdict(list)
     for category, evaluator in EVALUATORS.items():

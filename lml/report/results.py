@@ -97,7 +97,7 @@ def read_run(run: Path, say: Say, evaluations: Evaluations | None = None) -> lis
         values += _parts(name, entry)
     if evaluations is not None:
         scores = evaluations.scores(run, manifest, say)
-        for name, entry in compbench.entries(scores).items():
+        for name, entry in compbench.as_metrics(scores).items():
             values += _parts(name, entry)
     return [Result(**setting, **value) for value in values]
 
