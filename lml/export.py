@@ -7,11 +7,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -25,6 +23,7 @@ from lml.data.prompts import read as read_prompts
 from lml.errors import UserError
 from lml.files import NAME_MAX, file_hash, open_regular, plain_name, read_json, replacing
 from lml.instances import make
+from lml.report import compbench
 from lml.report.labels import OFF, lml_label, lml_of_run
 from lml.runs.records import check_output, read_config
 from lml.schema import RunConfig, check, check_whole
@@ -68,7 +67,8 @@ class T2ICompBench:
     folder that holds `samples`. They read the prompt from the file name, up to the first "_", and
     sort by the rest. So the index counts the images of a category, with those of one prompt
     together, and `name_of` makes the name from the prompt. Images are linked, or copied if the file
-    system has no links.
+    system has no links. run.json beside `samples` says whose they are: by it scripts/tabulate.py
+    finds what the evaluators wrote (lml/report/compbench.py).
     """
 
     model: str | None = None
@@ -94,15 +94,16 @@ class T2ICompBench:
         sampler = self.sampler or _name_sampler(config)
         for key, name in (("model", model), ("sampler", sampler)):
             plain_name(name, f"layout.{key}")
-        hashes = _check_names(run_dir, manifest.get("images"), prompts)
+        categories = compbench.by_category(run_dir, prompts, manifest.get("images"))
         samples = 1 + max(entry["sample"] for entry in prompts.entries)
         targets, changed = {}, set()
-        for entry, image in zip(prompts.entries, sorted(hashes), strict=True):
-            folder = out / model / entry["category"] / sampler / "samples"
-            index = entry["prompt_index"] * samples + entry["sample"]
-            name, kept = name_of(entry["prompt"], index)
-            changed |= set() if kept else {entry["prompt"]}
-            targets[folder / name] = image
+        for category, images in categories.items():
+            folder = out / model / category / sampler / "samples"
+            for image, (entry, sha256) in images.items():
+                index = entry["prompt_index"] * samples + entry["sample"]
+                name, kept = name_of(entry["prompt"], index)
+                changed |= set() if kept else {entry["prompt"]}
+                targets[folder / name] = image, sha256
         for folder in sorted({target.parent for target in targets}):
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(folder.iterdir()):
@@ -110,8 +111,11 @@ class T2ICompBench:
                     raise UserError(
                         f"{file}: not of this run, but it would be scored; move it away"
                     )
-        for target, image in tqdm(targets.items(), unit="image", disable=None):
-            _place(run_dir / "images" / image, target, hashes[image])
+        for target, (image, sha256) in tqdm(targets.items(), unit="image", disable=None):
+            _place(run_dir / "images" / image, target, sha256)
+        for category, images in categories.items():
+            folder = out / model / category / sampler
+            compbench.mark(folder, category, images, settings_hash(config["settings"]))
         line = f"{len(targets)} images in {out / model / '*' / sampler / 'samples'}"
         if changed:
             line += f"; {len(changed)} prompts changed, since file names can't hold '/' and '_', "
@@ -134,20 +138,6 @@ def name_of(prompt: str, index: int) -> tuple[str, bool]:
         whole = cut.rpartition(" ")[0].strip()
         text = whole or cut.encode()[:room].decode(errors="ignore")
     return text + end, text == prompt
-
-
-def _check_names(run_dir: Path, hashes: Any, prompts: PromptSet) -> Mapping[str, Any]:
-    """The `hashes` of a manifest, by image. UserError for a name that leads out of its folder."""
-    if not isinstance(hashes, dict) or len(hashes) != len(prompts):
-        count = len(hashes) if isinstance(hashes, dict) else "no"
-        raise UserError(f"run_dir={run_dir}: {len(prompts)} prompts, {count} images")
-    for name in hashes:
-        plain_name(name, f"run_dir={run_dir}: manifest.json: image")
-    for entry in prompts.entries:
-        plain_name(entry.get("category"), f"run_dir={run_dir}: {FILE}: category")
-        for key in ("sample", "prompt_index"):
-            check_whole(entry.get(key), f"run_dir={run_dir}: {FILE}: {key}", least=0)
-    return hashes
 
 
 def _name_sampler(config: dict) -> str:

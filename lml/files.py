@@ -119,13 +119,25 @@ def disk_error(folder: Path, error: OSError, key: str = "run_dir") -> RunError:
     return RunError(f"{key}={folder}: {error.strerror or error}; {remedy}")
 
 
-def load_json(source: str | Path) -> Any:
-    """The value in a JSON file, or in JSON text. OSError or ValueError when it can't be read."""
+def load_json(source: str | Path, unique: bool = False) -> Any:
+    """The value in a JSON file, or in JSON text. OSError or ValueError when it can't be read.
+
+    With `unique`, a key that an object has twice is a ValueError; otherwise its last value counts.
+    """
     text = read_text(source) if isinstance(source, Path) else source
     try:
-        return _shallow(json.loads(text))
+        return _shallow(json.loads(text, object_pairs_hook=_unique if unique else None))
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!a:.100} twice")
+        found[key] = value
+    return found
 
 
 def _shallow(value: Any) -> Any:

@@ -22,6 +22,7 @@ logging.getLogger("hydra").addHandler(logging.NullHandler())
 # A run's config may come from somebody else. It may make only these, and the schedulers of these
 # modules. Their arguments are numbers, names, and paths of data.
 TARGETS = (
+    "lml.data.prompts.captions",
     "lml.data.prompts.coco14_30k",
     "lml.data.prompts.t2i_compbench",
     "lml.data.prompts.table",

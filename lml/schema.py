@@ -299,6 +299,7 @@ class Tabulate:
     runs: FilePath | None
     out: FilePath | None
     show: list[Text] | Text | None
+    evaluations: FilePath | None
 
 
 @dataclass
@@ -557,6 +558,23 @@ class SweepFile:
 
     commands: list[str]
     cells: list[Cell]
+
+
+@dataclass
+class CompBenchExport:
+    """run.json beside the samples of a category that were laid out for T2I-CompBench."""
+
+    category: Text
+    settings_sha256: Sha256
+    images_sha256: Sha256
+
+
+@dataclass
+class CompBenchScore:
+    """The score of one image, in the JSON of T2I-CompBench's evaluators."""
+
+    question_id: Whole
+    answer: float | str
 
 
 @dataclass

@@ -181,7 +181,9 @@ COMMANDS: dict[str, list[tuple[list[str], str | tuple[str, ...]]]] = {
             "metrics.",
         ),
     ],
-    "tabulate": [(["runs=runs", "out=out"], ("name", "runs", "out", "show"))],  # sample's beside
+    "tabulate": [
+        (["runs=runs", "out=out"], ("name", "runs", "out", "show", "evaluations"))
+    ],  # sample's beside
     "export": [
         (
             [

@@ -467,13 +467,9 @@ def test_options_out_of_range_are_refused_by_name(option):
         LMLCorrection(**option)
 
 
-def test_inner_products_that_are_kept_are_those_that_are_taken(monkeypatch):
-    """A step of a trajectory takes r + 1 inner products, and gives the bits of a step on its own."""
-    correction, taken = LMLCorrection(rank=3), []
-    products = numerics._inner_products
-    monkeypatch.setattr(
-        numerics, "_inner_products", lambda *args: taken.append(args[2:]) or products(*args)
-    )
+def test_inner_products_are_kept_from_step_to_step():
+    """A step of a trajectory gives the bits of a step that knows no product yet."""
+    correction = LMLCorrection(rank=3)
     directions = [torch.randn(5, 3, 8, 8) for _ in range(7)]
     directions[3][0] *= 1e25  # its square overflows: done again in float64
     anchors = ()
@@ -484,6 +480,10 @@ def test_inner_products_that_are_kept_are_those_that_are_taken(monkeypatch):
     assert anchors.products.shape == (5, 3, 3)
     expected = torch.einsum("ib...,jb...->bij", *2 * [torch.stack(anchors).double()])
     assert error(anchors.products[1:].double(), expected[1:]) < 1e-6
+    others = numerics.Anchors(anchors)
+    others.products = 2 * anchors.products
+    pairs = [correction(directions[0], u, 2.0)[0] for u in (anchors, others)]
+    assert error(*pairs) > 1e-3  # they are used
     _, anchors = correction(directions[0], anchors, None)  # a step that is left as it is
     assert anchors.products is None
     _, anchors = correction(directions[0][:2], anchors, 2.0)  # another batch size

@@ -211,7 +211,7 @@ def test_images_are_copied_where_links_cannot_be(script, run, tmp_path, monkeypa
     folder = tmp_path / f"out/sd15/color/{SAMPLER}/samples"
     assert len(read_as_the_benchmark(folder)) == 12
     assert all(file.stat().st_nlink == 1 for file in folder.iterdir())
-    assert [file.name for file in folder.parent.iterdir()] == ["samples"]
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["run.json", "samples"]
 
 
 def test_names_can_be_given_and_two_runs_never_mix(script, run, tmp_path):

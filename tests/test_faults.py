@@ -167,7 +167,7 @@ def prompted(folder: Path) -> None:
 
 def tabulate(folder: Path) -> None:
     paths = {"runs": str(folder), "out": str(folder / "tables")}
-    report.tabulate(OmegaConf.create({"name": "study", "show": None, **paths}))
+    report.tabulate(OmegaConf.create({"name": "study", "show": None, "evaluations": None, **paths}))
 
 
 def lay_out(folder: Path) -> None:

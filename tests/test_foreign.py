@@ -197,7 +197,7 @@ def test_all_that_our_configs_have_made_is_on_the_list(group):
         instances.check_targets(OmegaConf.to_container(cfg, resolve=True), "run")
 
 
-@pytest.mark.parametrize("name", ["text", "table", "t2i_compbench", "coco14_30k"])
+@pytest.mark.parametrize("name", ["text", "table", "captions", "t2i_compbench", "coco14_30k"])
 def test_our_prompts_are_on_the_list(name):
     instances.check_targets({"_target_": f"lml.data.prompts.{name}", "file": "x"}, "run")
 

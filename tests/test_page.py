@@ -194,7 +194,8 @@ def test_a_page_asks_for_nothing(make_run):
 def test_a_study_has_a_page_and_keeps_it_without_its_runs(make_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [make_run(rank=rank) for rank in (0, 2)]
-    cfg = OmegaConf.create({"name": "study", "runs": None, "out": None, "show": None})
+    keys = ("runs", "out", "show", "evaluations")
+    cfg = OmegaConf.create({"name": "study", **dict.fromkeys(keys)})
     index = report.tabulate(cfg) / "index.html"
     first = data_of(index.read_text())
     assert {s["run"] for s in first["samples"]} == {run.name for run in runs}

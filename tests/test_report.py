@@ -383,7 +383,8 @@ def tabulate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(**options):
-        cfg = {"name": "study", "runs": None, "out": None, "show": None, **options}
+        keys = ("runs", "out", "show", "evaluations")
+        cfg = {"name": "study", **dict.fromkeys(keys), **options}
         capsys.readouterr()
         out = report.tabulate(OmegaConf.create(cfg))
         return tmp_path / out, capsys.readouterr().err

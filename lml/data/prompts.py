@@ -140,6 +140,32 @@ def table(file: str | Path, column: str = "prompt") -> PromptSet:
     return _collect("table", entries, label)
 
 
+def captions(file: str | Path) -> PromptSet:
+    """The captions of a JSON file {key: caption}, UTF-8, in the order of the file.
+
+    The authors' script for COCO (scripts/StableDiffusion_COCO.py) reads such a file. Each key is in
+    the records.
+    """
+    label = f"prompts.file={file}"
+    content = _read(locate(file), label)
+    try:
+        found = load_json(content, unique=True)
+    except ValueError as error:
+        raise UserError(f"{label}: expected JSON, {{key: caption}} ({error})") from None
+    if isinstance(found, dict) and "annotations" in found:
+        raise UserError(f"{label}: has annotations, as MS-COCO's files; use prompts=coco14_30k")
+    if not isinstance(found, dict):
+        raise UserError(f"{label}: expected an object of JSON, {{key: caption}}")
+    for key, caption in found.items():
+        if not isinstance(caption, str) or not caption.strip():
+            what = "is empty" if isinstance(caption, str) else "is no text"
+            raise UserError(
+                f"{label}: the caption of {key!a:.100} {what}; expected {{key: caption}}"
+            )
+    entries = ({"prompt": caption, "key": key} for key, caption in found.items())
+    return _collect("captions", entries, label)
+
+
 def t2i_compbench(
     path: str | Path, categories: Sequence[str], samples_per_prompt: int = 10
 ) -> PromptSet:
@@ -156,12 +182,15 @@ def t2i_compbench(
     if not known:
         raise UserError(f"prompts.path={path}: no folder with T2I-CompBench's *_val.txt")
     entries = []
-    for category in [categories] if isinstance(categories, str) else categories:
+    categories = [categories] if isinstance(categories, str) else list(categories)
+    for number, category in enumerate(categories):
         if category not in known:
             raise UserError(
                 f"prompts.categories=[{category}]: no {category}_val.txt in {folder}; "
-                f"nearest: {nearest(category, known)}"
+                f"it has {', '.join(sorted(known))}"
             )
+        if category in categories[:number]:
+            raise UserError(f"prompts.categories: {category} twice; expected each once")
         file = folder / f"{category}_val.txt"
         # after a tab comes a note of its authors
         lines = [line.split("\t")[0].strip() for line in _lines(_read(file, str(file)))]
@@ -187,6 +216,8 @@ def coco14_30k(file: str | Path, count: int = 30_000, seed: int = 0) -> PromptSe
     content = _read(locate(file), label)
     try:
         content = load_json(content)
+        if isinstance(content, dict) and "annotations" not in content:
+            raise ValueError("no 'annotations'; for {key: caption} use prompts=captions")
         names = {image["id"]: image["file_name"] for image in content["images"]}
         others = [name for i, name in names.items() if name != f"COCO_val2014_{i:012d}.jpg"]
         captions: dict[int, list[tuple[int, str]]] = {}

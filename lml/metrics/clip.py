@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class CLIPScore(RunMetric):
 
     higher_is_better = True
     needs_prompts = True
+    config: ClassVar[str] = "clip_score"  # configs/metrics/`config`.yaml
+    factor: ClassVar[int] = 100  # of each cosine
+    scale: ClassVar[str] = "max(100 * mean cosine, 0)"
 
     def __init__(self, model: nn.Module, tokenizer: Any, num_images: int = 0, **kwargs):
         super().__init__(**kwargs)
@@ -46,7 +49,7 @@ class CLIPScore(RunMetric):
         self.preprocessing = Preprocessing(size, "last", CLIP_MEAN, CLIP_STD)
         self.protocol = {
             "extractor": describe(model),
-            "scale": "max(100 * mean cosine, 0)",
+            "scale": self.scale,
             "resize": str(self.preprocessing),
             "max_tokens": self.max_tokens,
             "images_asked": num_images,
@@ -57,21 +60,40 @@ class CLIPScore(RunMetric):
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add images, uint8 (B, 3, H, W), and their B prompts."""
-        check_pairs(images, prompts, "clip_score")
+        check_pairs(images, prompts, self.config)
         tokens, truncated = tokenize(self.tokenizer, prompts, self.max_tokens)
         tokens = {name: value.to(images.device) for name, value in tokens.items()}
         # get_image_features returns other things in other versions of transformers
         image = self.model.vision_model(pixel_values=self.preprocessing(images)).pooler_output
         text = self.model.text_model(**tokens).pooler_output
         image, text = self.model.visual_projection(image), self.model.text_projection(text)
-        self.total += 100 * torch.cosine_similarity(image, text).double().sum()
+        self.total += self.factor * torch.cosine_similarity(image, text).double().sum()
         self.count += len(images)
         self.truncated += truncated
 
     def compute(self) -> Tensor:
         """The score, a scalar in [0, 100]; higher is better."""
+        return self._mean().clamp(min=0)
+
+    def _mean(self) -> Tensor:
         self.protocol["prompts_truncated"] = int(self.truncated)
-        return (self.total / self.count).clamp(min=0)
+        return self.total / self.count
+
+
+class CLIPCosine(CLIPScore):
+    """mean cos(E_image, E_prompt), in [-1, 1]: not scaled, and never cut off at zero.
+
+    This is the number that T2I-CompBench (arXiv 2307.06350) calls CLIPScore. Its own evaluator has
+    another tokenizer of the same tokens, and fails at a prompt that is too long.
+    """
+
+    config = "clip_cosine"
+    factor = 1
+    scale = "mean cosine"
+
+    def compute(self) -> Tensor:
+        """The mean, a scalar in [-1, 1]; higher is better."""
+        return self._mean()
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str], name: str) -> None:
@@ -87,8 +109,28 @@ def clip_score(
     num_images: int = 30_000,
 ) -> CLIPScore:
     """CLIPScore with the CLIPModel and the tokenizer in `model`, a hub id or a folder."""
-    key = "metrics.clip_score.model"
-    network = load_network("CLIPModel", model, revision, key)
-    metric = CLIPScore(network, load_tokenizer(model, revision, key), num_images)
+    return _load(CLIPScore, model, revision, num_images)
+
+
+def clip_cosine(
+    model: str | Path = "openai/clip-vit-base-patch32",
+    revision: str | None = None,
+    num_images: int = 30_000,
+) -> CLIPCosine:
+    """CLIPCosine with the CLIPModel and the tokenizer in `model`, a hub id or a folder."""
+    # published as pytorch_model.bin
+    return _load(CLIPCosine, model, revision, num_images, pickled=True)
+
+
+def _load(
+    kind: type[CLIPScore],
+    model: str | Path,
+    revision: str | None,
+    num_images: int,
+    pickled: bool = False,
+) -> CLIPScore:
+    key = f"metrics.{kind.config}.model"
+    network = load_network("CLIPModel", model, revision, key, pickled)
+    metric = kind(network, load_tokenizer(model, revision, key), num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)
     return metric

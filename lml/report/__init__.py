@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lml.errors import UserError
 from lml.files import disk_error, write_atomic
-from lml.report import figures, page, paper, results, tables, text
+from lml.report import compbench, figures, page, paper, results, tables, text
 from lml.runs.records import check_output, read_config
 from lml.schema import Cell
 
@@ -33,7 +33,7 @@ def tabulate(cfg: DictConfig) -> Path:
     check_output(out, "out")
     if not runs.is_dir() and not (out / "results.csv").is_file():
         raise UserError(f"runs={runs}: no such folder; use experiment=NAME of a study that was run")
-    study = _read(runs, out)
+    study = _read(runs, out, _evaluations(cfg.evaluations, runs))
     metrics = results.choose(study.known, _plain(cfg.show))
     for note in study.notes:
         print(note, file=sys.stderr)
@@ -129,11 +129,24 @@ class _Study:
     published: list[paper.Published]
 
 
-def _read(runs: Path, out: Path) -> _Study:
-    """Read all results. UserError if there is nothing to show."""
+def _evaluations(folder: str | None, runs: Path) -> compbench.Evaluations | None:
+    """What T2I-CompBench's evaluators wrote; None without a folder of it."""
+    usual = runs / "evaluations"
+    if folder is None and not usual.is_dir():
+        return None
+    return compbench.Evaluations(Path(folder or usual))
+
+
+def _read(runs: Path, out: Path, evaluations: compbench.Evaluations | None) -> _Study:
+    """Read all results. UserError if there is nothing to show, or no score in `evaluations`."""
     results.check_kept(out / "results.csv", f"out={out}")
     notes = []
-    found = results.collect(runs, notes.append)
+    found = results.collect(runs, notes.append, evaluations)
+    if evaluations and not any(compbench.is_score(result.metric) for result in found):
+        raise UserError(
+            f"evaluations={evaluations.folder}: no scores of the runs in {runs}; export them "
+            "there with layout=t2i_compbench, and run T2I-CompBench's evaluators"
+        )
     older = results.from_csv(out / "results.csv", found, notes.append)
     known = results.merge(found, older, runs)
     if not known:
@@ -165,8 +178,9 @@ def _render(study: _Study, metrics: Sequence[str]) -> dict[str, str | bytes]:
         drawn[stem] = figures.curves(table)
         drawn[f"{stem}_map"] = figures.maps(table, chosen)
         drawn[f"{stem}_steps"] = figures.steps(table, chosen)
-    for table in tables.times(times):
-        files |= _texts(f"timing_nfe{table.times_at}", table, study.commands, study.notes)
+    scores = [table for table, _ in shown if compbench.is_score(table.metric)]
+    for table in [*tables.times(times), *tables.categories(scores)]:
+        files |= _texts(f"{table.metric}_nfe{table.at}", table, study.commands, study.notes)
     if not all(map(results.is_timing, metrics)):
         drawn |= figures.strips(study.found, study.runs)
     for stem, figure in drawn.items():

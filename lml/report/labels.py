@@ -36,6 +36,7 @@ MODELS = {
     "ideal_cifar10": "ideal CIFAR-10",
 }
 METRICS = {
+    "clip_cosine": "CLIP cosine",
     "clip_score": "CLIP score",
     "cmmd": "CMMD",
     "convergence/cosine": "cosine to the fine solution",
@@ -74,6 +75,14 @@ METRICS = {
     "precision_recall/f_score": "F-score of precision and recall",
     "precision_recall/precision": "precision",
     "precision_recall/recall": "recall",
+    "t2i_compbench/3d_spatial": "T2I-CompBench 3D spatial (UniDet)",
+    "t2i_compbench/color": "T2I-CompBench color (BLIP-VQA)",
+    "t2i_compbench/complex": "T2I-CompBench complex (3-in-1)",
+    "t2i_compbench/non_spatial": "T2I-CompBench non-spatial (CLIPScore)",
+    "t2i_compbench/numeracy": "T2I-CompBench numeracy (UniDet)",
+    "t2i_compbench/shape": "T2I-CompBench shape (BLIP-VQA)",
+    "t2i_compbench/spatial": "T2I-CompBench spatial (UniDet)",
+    "t2i_compbench/texture": "T2I-CompBench texture (BLIP-VQA)",
 }
 
 

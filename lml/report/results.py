@@ -14,6 +14,8 @@ from typing import Any
 from lml.data.images import open_image
 from lml.errors import UserError, first_line, nearest
 from lml.files import file_hash, open_regular, read_object
+from lml.report import compbench
+from lml.report.compbench import Evaluations
 from lml.report.labels import lml_of_run
 from lml.runs.names import image_name
 from lml.runs.records import read_config
@@ -55,17 +57,17 @@ def is_timing(metric: str) -> bool:
 # --- run folders -------------------------------------------------------------------------------
 
 
-def collect(folder: Path, say: Say) -> list[Result]:
+def collect(folder: Path, say: Say, evaluations: Evaluations | None = None) -> list[Result]:
     """Every number of every complete run in the folders directly under `folder`, as `read_run`."""
     runs = sorted(path.parent for path in folder.glob("*/manifest.json"))
-    return [result for run in runs for result in read_run(run, say)]
+    return [result for run in runs for result in read_run(run, say, evaluations)]
 
 
-def read_run(run: Path, say: Say) -> list[Result]:
+def read_run(run: Path, say: Say, evaluations: Evaluations | None = None) -> list[Result]:
     """Every number of the run in the folder `run`; none of an incomplete one.
 
     Files that cannot be read, or were edited after they were written, are left out; `say` is
-    called for each.
+    called for each. UserError for scores in `evaluations` that are not those of the run.
     """
     manifest = _read(run / "manifest.json", say, Manifest)
     if not manifest.get("complete"):
@@ -93,6 +95,10 @@ def read_run(run: Path, say: Say) -> list[Result]:
             say(f"{run / 'metrics.json'}: {name} is broken; not used ({problem})")
             continue
         values += _parts(name, entry)
+    if evaluations is not None:
+        scores = evaluations.scores(run, manifest, say)
+        for name, entry in compbench.as_metrics(scores).items():
+            values += _parts(name, entry)
     return [Result(**setting, **value) for value in values]
 
 

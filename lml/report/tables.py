@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lml.metrics.base import class_by_name, is_higher_better
-from lml.report import labels
+from lml.report import compbench, labels
 from lml.report.labels import OFF
 from lml.report.paper import Published
 from lml.report.results import Cell, Result, is_timing
+
+TIMING = "timing"  # the metric of a table of several times
 
 
 class Group(NamedTuple):
@@ -77,25 +79,28 @@ class Entry:
 class Table:
     """One metric: its entries by row and number of evaluations, and the notes under the table.
 
-    A table of times is for one number of evaluations, and its columns are the times.
+    A table of several times, or of several categories of T2I-CompBench, is for one number of
+    evaluations (`at`), and its columns are these.
     """
 
     metric: str
     rows: dict[Row, dict[int | str, Entry]]
     notes: list[str] = field(default_factory=list)
     paper: list[Published] = field(default_factory=list)  # the paper's numbers
-    times_at: int | None = None
+    at: int | None = None
 
     @property
     def columns(self) -> list[int | str]:
-        """All numbers of evaluations (or all times)."""
-        return sorted({column for entries in self.rows.values() for column in entries})
+        """All numbers of evaluations, times, or categories."""
+        known = {column for entries in self.rows.values() for column in entries}
+        in_the_paper = [category for category in compbench.EVALUATORS if category in known]
+        return in_the_paper or sorted(known)
 
     @property
     def higher(self) -> bool:
         """Whether higher is better. For times, which no class declares, lower is better."""
         name, _, part = self.metric.partition("/")
-        return is_higher_better(class_by_name(name), part)
+        return name == compbench.METRIC or is_higher_better(class_by_name(name), part)
 
     @property
     def groups(self) -> list[Group]:
@@ -126,7 +131,7 @@ class Table:
     def bold(self) -> set[tuple[Row, int]]:
         """The entries that beat every other setting of their column, if there is another."""
         found = set()
-        if self.times_at is not None:  # LML off is always the cheapest
+        if self.metric == TIMING:  # LML off is always the cheapest
             return found
         for group, nfe in itertools.product(self.groups, self.columns):
             entries = {
@@ -219,14 +224,25 @@ def build(
 
 def times(tables: Sequence[Table]) -> list[Table]:
     """Joins tables of times: one for each number of evaluations, with a column for each time."""
+    names = {table.metric: table.metric.removeprefix("timing/") for table in tables}
+    units = {metric: name if "_" in name else f"{name} ms" for metric, name in names.items()}
+    return _join(TIMING, tables, units)
+
+
+def categories(tables: Sequence[Table]) -> list[Table]:
+    """Joins tables of T2I-CompBench: one for each number of evaluations, a column a category."""
+    names = {table.metric: table.metric.partition("/")[2] for table in tables}
+    return _join(compbench.METRIC, tables, names)
+
+
+def _join(metric: str, tables: Sequence[Table], names: Mapping[str, str]) -> list[Table]:
     made = {}
     for table in tables:
-        time = table.metric.removeprefix("timing/")
-        time = time if "_" in time else f"{time} ms"
         for row, entries in table.rows.items():
             for nfe, entry in entries.items():
-                at = made.setdefault(nfe, Table("timing", {}, table.notes, times_at=nfe))
-                at.rows.setdefault(row, {})[time] = entry
+                at = made.setdefault(nfe, Table(metric, {}, at=nfe))
+                at.rows.setdefault(row, {})[names[table.metric]] = entry
+                at.notes = list(dict.fromkeys([*at.notes, *table.notes]))
     return [made[nfe] for nfe in sorted(made)]
 
 

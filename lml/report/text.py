@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lml.report.labels import OFF
-from lml.report.tables import Group, Table, change, describe, name, varying
+from lml.report.tables import TIMING, Group, Table, change, describe, name, varying
 
 Text = tuple[str, bool]  # a cell's text, and whether it is bold
 
@@ -43,7 +43,7 @@ def markdown(table: Table, commands: Sequence[str], notes: Sequence[str] = ()) -
     text = [_line(header), _line(marks)]
     text += [_line(f"**{cell}**" if bold else cell for cell, bold in line) for line in lines]
     text += ["", caption(table), "", *(f"`{command}`  " for command in commands)]
-    if table.times_at is None and (contest := list(_contest(table))):
+    if table.at is None and (contest := list(_contest(table))):
         keys = varying(table.groups)
         columns = [*keys, "evaluations", "best without LML", "best with LML", "change"]
         text += ["", _line(columns), _line(["---"] * len(columns)), *map(_line, contest)]
@@ -83,12 +83,14 @@ def caption(table: Table) -> str:
         "; bold what beats every other setting of its column by more than both spreads (never with "
         "one seed)"
     )
-    if table.times_at is not None:
+    if table.metric == TIMING:
         what = (
-            f"Milliseconds per image and evaluation at {table.times_at} evaluations (scheduler is "
+            f"Milliseconds per image and evaluation at {table.at} evaluations (scheduler is "
             "correction and solver), and shares of the network's time"
         )
         bold = ""
+    elif table.at is not None:
+        what = f"{table.metric} ({better} is better) by category at {table.at} network evaluations"
     lines = [
         f"{what}; {', '.join(shared)}; {many} seed(s) a cell ({', '.join(map(str, seeds))}). "
         "Mean ± standard deviation over seeds; in brackets the change that LML makes to its own "
@@ -157,14 +159,14 @@ def latex(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """One line for each setting and number of evaluations (or time)."""
+    """One line for each setting and number of evaluations (or time, or category)."""
     buffer = io.StringIO()
-    column = "nfe" if table.times_at is None else "time"
+    column = "nfe" if table.at is None else "time" if table.metric == TIMING else "category"
     columns = ("solver", "grid", "lml", column, "mean", "std", "seeds", "change", "status", "paper")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*Group._fields, *columns])
     for row, entries in table.rows.items():
-        for nfe in sorted(entries):
+        for nfe in filter(entries.__contains__, table.columns):
             entry, base = entries[nfe], table.base(row, nfe)
             gain = change(entry, base) if base else ""
             numbers = ["" if math.isnan(x) else x for x in (entry.mean, entry.std)]

@@ -278,6 +278,53 @@ def test_more_captions_files_that_are_refused(captions, tmp_path):
         refused(rf"^prompts\.count={count}: ", prompts.coco14_30k, captions, count=count)
 
 
+# --- {key: caption} ----------------------------------------------------------------------------
+
+
+def test_the_captions_of_a_file_of_the_authors(tmp_path):
+    keys = ["000000009", "1", "b", "a", "10", "2"]
+    written = {key: f" a cat, number {key}.\n" for key in keys} | {"again": "a cat, number 1."}
+    path = _write(tmp_path / "p.json", "\ufeff" + json.dumps(written))
+    made = composed("prompts=captions", f"prompts.file={path}")
+    assert made.texts == [f"a cat, number {key}." for key in keys] + ["a cat, number 1."]
+    assert [record["key"] for record in made.records] == [*keys, "again"]
+    (tmp_path / "prompts.jsonl").write_bytes(made.to_jsonl().encode())
+    assert prompts.read(tmp_path / "prompts.jsonl").records == made.records
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ('["a cat"]', r"expected an object of JSON, \{key: caption\}$"),
+        ("7", r"expected an object of JSON, \{key: caption\}$"),
+        ('{"1": "a', r"expected JSON, \{key: caption\} \("),
+        (1000 * "[", r"expected JSON, \{key: caption\} \("),
+        ("{}", r"no prompts in it$"),
+        ('{"1": "a", "2": 3}', r"the caption of '2' is no text; expected \{key: caption\}$"),
+        ('{"1": "a", "2": null}', r"the caption of '2' is no text"),
+        ('{"1": {"caption": "a"}}', r"the caption of '1' is no text"),
+        ('{"1": "a", "2": " \\n"}', r"the caption of '2' is empty"),
+        ('{"1": "a", "2": "b", "1": "a"}', r"\(the key '1' twice\)$"),
+        ('{"images": [], "annotations": []}', r"has annotations, .* use prompts=coco14_30k$"),
+        ('{"1": "\\ud83d"}', "not text"),
+        (f'{{"{500 * "x"}": 3}}', "is no text"),
+    ],
+)
+def test_captions_of_neither_kind(tmp_path, content, pattern):
+    path = _write(tmp_path / "p.json", content)
+    refused(rf"^prompts\.file={path}: .*{pattern}", prompts.captions, path)
+
+
+def test_each_kind_of_captions_names_the_other(captions, tmp_path):
+    path = _write(tmp_path / "p.json", '{"1": "a cat"}')
+    refused(
+        r"\(no 'annotations'; for \{key: caption\} use prompts=captions\)$",
+        prompts.coco14_30k,
+        path,
+    )
+    refused(r"use prompts=coco14_30k$", prompts.captions, captions)
+
+
 # --- T2I-CompBench -----------------------------------------------------------------------------
 
 CATEGORIES = ["color", "shape", "texture", "spatial", "non_spatial", "complex"]
@@ -318,8 +365,12 @@ def test_every_prompt_so_many_times_in_the_benchmarks_order(benchmark):
 def test_benchmarks_that_are_refused(benchmark, tmp_path):
     make = prompts.t2i_compbench
     refused(r"^prompts\.path=nowhere: no folder with", make, "nowhere", CATEGORIES)
-    message = r"^prompts\.categories=\[colour\]: no colour_val.txt in .*; nearest: color$"
-    refused(message, make, benchmark, ["colour"])
+    known = ", ".join(sorted(CATEGORIES))
+    for name in ("colour", "numeracy", "../color", ""):
+        message = rf"^prompts\.categories=\[{name}\]: no {name}_val.txt in .*; it has {known}$"
+        refused(message, make, benchmark, ["color", name])
+    message = r"^prompts\.categories: color twice; expected each once$"
+    refused(message, make, benchmark, ["color", "shape", "color"])
     refused(r"^prompts\.samples_per_prompt=0: ", make, benchmark, ["color"], 0)
     refused(r"^prompts\.path=.*: no prompts in it", make, benchmark, [])
     file = benchmark / "examples/dataset/color_val.txt"

@@ -209,6 +209,7 @@ def tiny_configs(clip_folder, dinov2_folder, bert_folder, reward_file, pictures)
 
     changed = {
         "clip_score": {"model": str(clip_folder)},
+        "clip_cosine": {"model": str(clip_folder)},
         "image_reward": {
             "weights": str(reward_file),
             "tokenizer": str(bert_folder),

@@ -43,6 +43,7 @@ def test_the_direction_of_every_part():
         parts = better if isinstance(better, Mapping) else class_by_name(name).parts or ("",)
         higher |= {(name, p) for p in parts if is_higher_better(class_by_name(name), p)}
     assert higher == {
+        ("clip_cosine", ""),
         ("clip_score", ""),
         *(("convergence", part) for part in ("cosine", "latent_cosine")),
         ("correction_cosine", "cosine"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,7 +103,66 @@ def test_the_protocol(metric, tiny_configs, pictures):
     }
 
 
+@pytest.mark.parametrize("name", ["clip_score", "clip_cosine"])
 @pytest.mark.parametrize("prompts", [None, [], ["a"], ["a"] * 3])
-def test_one_prompt_an_image(metric, pictures, prompts):
-    with pytest.raises(UserError, match=r"^metrics=\[clip_score\]: \d prompts for 2 images"):
+def test_one_prompt_an_image(tiny_configs, pictures, name, prompts):
+    metric = build({name: tiny_configs[name]})[name]
+    with pytest.raises(UserError, match=rf"^metrics=\[{name}\]: \d prompts for 2 images"):
         metric.update(pictures.images[:2], prompts)
+
+
+# --- the cosine itself -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cosine(tiny_configs):
+    return build({"clip_cosine": tiny_configs["clip_cosine"]})["clip_cosine"]
+
+
+def by_hand(folder, images, prompts):
+    """The cosine of each image, one at a time, as T2I-CompBench's evaluator goes through them."""
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    process = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = []
+    for image, prompt in zip(images, prompts, strict=True):
+        inputs = dict(tokenizer([prompt], return_tensors="pt"))
+        with torch.no_grad():
+            out = model(pixel_values=process(image, return_tensors="pt").pixel_values, **inputs)
+        embeddings = [x[0] / x[0].norm() for x in (out.image_embeds, out.text_embeds)]
+        found.append((embeddings[0] @ embeddings[1]).item())
+    return found
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_cosine_by_hand_in_its_own_scale_and_below_zero(cosine, clip_folder, pictures, sign):
+    images = F.interpolate(pictures.images[:8].float(), (48, 36)).byte()
+    prompts = pictures.prompts[SHORT] * 2
+    expected = sum(by_hand(clip_folder, images, prompts)) / 8
+    assert 0.01 < expected < 1
+    cosine.model.text_projection.weight.mul_(sign)
+    cosine.update(images[:3], prompts[:3])
+    cosine.update(images[3:], prompts[3:])
+    assert cosine.compute().item() == pytest.approx(sign * expected, rel=1e-5)
+
+
+def test_the_protocol_says_which_of_the_two_it_is(cosine, pictures):
+    cosine.update(pictures.images, pictures.prompts)
+    cosine.compute()
+    assert cosine.protocol["scale"] == "mean cosine"
+    assert cosine.protocol["extractor"]["source"] == "clip"
+    assert cosine.protocol["prompts_truncated"] == 2
+
+
+def test_weights_as_they_were_published(cosine, clip_folder, pictures, tmp_path):
+    """ViT-B/32 is published as pytorch_model.bin."""
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    (tmp_path / "clip/model.safetensors").unlink()
+    torch.save(cosine.model.state_dict(), tmp_path / "clip/pytorch_model.bin")
+    config = {"_target_": "lml.metrics.clip.clip_cosine", "model": str(tmp_path / "clip")}
+    pickled = build({"clip_cosine": config})["clip_cosine"]
+    for metric in (cosine, pickled):
+        metric.update(pictures.images, pictures.prompts)
+    assert pickled.compute() == cosine.compute()

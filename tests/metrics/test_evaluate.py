@@ -254,7 +254,7 @@ def test_a_run_without_prompts_is_told_before_any_image_is_made(script, toy, mon
     assert outcome.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("metric", ["clip_score", "image_reward"])
+@pytest.mark.parametrize("metric", ["clip_score", "clip_cosine", "image_reward"])
 def test_missing_prompts_are_told_before_missing_weights(script, toy, data, tmp_path, metric):
     toy = [a for a in toy if a != "metrics=none"]
     runs = ["sample", *toy, "run_dir=run"], ["evaluate", f"images={data / 'images'}"]

@@ -19,7 +19,7 @@ from lml.metrics import networks
 from lml.metrics.evaluate import build
 from lml.metrics.networks import Preprocessing, load_network, load_tokenizer
 
-NAMES = ("clip_score", "image_reward", "fd_dinov2", "cmmd")
+NAMES = ("clip_score", "clip_cosine", "image_reward", "fd_dinov2", "cmmd")
 
 
 @pytest.mark.parametrize("crop", networks.CROPS)
