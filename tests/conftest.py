@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,11 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from preloaded import Server
 
 from lml.pipelines import tiny as tiny_pipelines
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # pytest-xdist runs a process a core
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is left out of garbage collections, which else take a tenth of the time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -139,18 +149,80 @@ def script(
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session")
+def _server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """`spawn("sample", *arguments, processes=1)` starts scripts/sample.py in `tmp_path`."""
+def fork(_server: Server, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """`fork(path, *arguments, **environment)` starts a script in `tmp_path`, without its imports.
+
+    See tests/preloaded.py.
+    """
     started = []
 
-    def start(name: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
+    def start(path: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+        started.append(_server.start(path, *arguments, cwd=tmp_path, env=environment))
+        return started[-1]
+
+    yield start
+    end(started)
+
+
+@pytest.fixture
+def ranks(fork: Callable[..., subprocess.Popen]) -> Callable[..., Outcome]:
+    """`ranks(path, *arguments, **environment)` runs a script in two processes that join.
+
+    They have the variables that torchrun sets, but nothing ends one when the other fails. The
+    outcome is that of both.
+    """
+
+    def run(path: Path, *arguments: str, **environment: str) -> Outcome:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            **environment,
+        }
+        both = [
+            fork(path, *arguments, **environment, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(2)
+        ]
+        printed = [process.communicate(timeout=180) for process in both]
+        code = next((process.returncode for process in both if process.returncode), 0)
+        return Outcome(code, *("".join(texts) for texts in zip(*printed, strict=True)))
+
+    return run
+
+
+@pytest.fixture
+def spawn(
+    fork: Callable[..., subprocess.Popen], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen]]:
+    """`spawn("sample", *arguments, new=False, processes=1)` starts scripts/sample.py in `tmp_path`.
+
+    With `new`, and by torchrun with several `processes`, as a user starts it; else by `fork`.
+    """
+    started = []
+
+    def start(
+        name: str, *arguments: str, new: bool = False, processes: int = 1
+    ) -> subprocess.Popen:
+        path = ROOT / "scripts" / f"{name}.py"
+        if processes == 1 and not new:
+            return fork(path, *arguments)
         python = [sys.executable]
         if processes > 1:
             python += ["-m", "torch.distributed.run", "--standalone"]
             python += [f"--nproc-per-node={processes}"]
         process = subprocess.Popen(
-            [*python, str(ROOT / "scripts" / f"{name}.py"), *arguments],
+            [*python, str(path), *arguments],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -161,7 +233,11 @@ def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
         return process
 
     yield start
-    for process in started:
+    end(started)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.communicate()

@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from lml import calibration, schedulers
 from lml.calibration import Choice, Objective, Problem, calibrate, calibrate_pipeline
 from lml.calibration.search import Memo, _step, memoised
+from lml.data.assets import ROOT
 from lml.exact import Gaussian
 from lml.pipelines import pixel
 
@@ -338,13 +339,12 @@ def test_an_interrupted_search_goes_on(script, made, tmp_path, monkeypatch):
     assert again == whole and not (made.parent / "state.json").exists()
 
 
-def test_two_processes_find_the_same(made, spawn, tmp_path):
+def test_two_processes_find_the_same(made, ranks, tmp_path):
     whole = found(made)
-    two = spawn("calibrate", *SMALL, *SEARCH, "run_dir=two", processes=2)
-    out, err = two.communicate(timeout=180)
-    assert two.returncode == 0, err
+    outcome = ranks(ROOT / "scripts/calibrate.py", *SMALL, *SEARCH, "run_dir=two")
+    assert outcome.code == 0, outcome.err
     assert found(tmp_path / "two/calibration.json") == whole
-    assert out.count("solver=") == 1, out
+    assert outcome.out.count("solver=") == 1, outcome.out
 
 
 def test_a_file_from_before_there_were_lengths_is_read(script, made):

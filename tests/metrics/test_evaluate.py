@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -291,35 +289,19 @@ WORKER = textwrap.dedent(
 )
 
 
-def test_two_processes_give_the_numbers_of_one(data, tmp_path):
+def test_two_processes_give_the_numbers_of_one(data, tmp_path, ranks):
     """Also when one has no images at all, and when one of them comes upon a broken file."""
     broken = write(tmp_path / "broken", np.zeros((8, 32, 32, 3), np.uint8))
     (broken / "000005.png").write_bytes(b"")
     jobs = [(str(data / "images"), 5), (str(data / "images"), 50), (str(broken), 4)]
     script, out = tmp_path / "worker.py", tmp_path / "out"
     script.write_text(WORKER)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29500 + os.getpid() % 1000),
-        "WORLD_SIZE": "2",
-    }
     pixels = {"mean": [0.3, 0.5, 0.6], "std": [0.1, 0.2, 0.15]}
     known = {**configs(data), "matched": {**configs(data)["fd_cifar"], "pixels": pixels}}
     metrics = {**known, "letters": {"_target_": "test_evaluate.Letters"}}
     arguments = [json.dumps(metrics), json.dumps(jobs), str(out)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments], env={**environment, "RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    outcome = ranks(script, *arguments, PYTHONPATH=f"{ROOT}:{Path(__file__).parent}")
+    assert outcome.code == 0, outcome.err
     for rank in range(2):
         *results, error = json.loads(Path(f"{out}.{rank}").read_text())
         for result, (folder, batch_size) in zip(results, jobs, strict=False):

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -229,29 +227,12 @@ WORKER = textwrap.dedent(
 )
 
 
-def test_two_processes_give_the_numbers_of_one(data, tmp_path, in_blocks, whole):
+def test_two_processes_give_the_numbers_of_one(data, tmp_path, ranks, in_blocks, whole):
     """Two blocks each; and one process with all the images, the other with none."""
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(30600 + os.getpid() % 1000),
-        "WORLD_SIZE": "2",
-    }
     arguments = [json.dumps(configs(data)), str(data / "images"), str(tmp_path / "out")]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "worker.py"), *arguments],
-            env={**environment, "RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    outcome = ranks(tmp_path / "worker.py", *arguments)
+    assert outcome.code == 0, outcome.err
     for rank in range(2):
         made = json.loads((tmp_path / f"out.{rank}").read_text())
         for results, expected in zip(made, (in_blocks[0], whole), strict=True):

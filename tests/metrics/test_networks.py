@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 import torch
 import transformers
 
-from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.metrics import networks
 from lml.metrics.evaluate import build
@@ -219,26 +216,12 @@ WORKER = textwrap.dedent(
 )
 
 
-def test_two_processes_give_the_numbers_of_one(tiny_configs, pictures, tmp_path):
+def test_two_processes_give_the_numbers_of_one(tiny_configs, pictures, tmp_path, ranks):
     script, out = tmp_path / "worker.py", tmp_path / "out"
     script.write_text(WORKER)
     job = json.dumps([tiny_configs, str(pictures.path), pictures.prompts, str(out)])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(30500 + os.getpid() % 1000),
-        "WORLD_SIZE": "2",
-    }
-    workers = [
-        subprocess.Popen([sys.executable, str(script), job], env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    outcome = ranks(script, job)
+    assert outcome.code == 0, outcome.err
     expected = []
     for metric in build(tiny_configs).values():
         prompts = (pictures.prompts,) if metric.needs_prompts else ()

@@ -405,11 +405,11 @@ def test_interrupted_it_keeps_what_is_done(script, tmp_path, monkeypatch):
     assert statuses(tmp_path) == ["done", "missing", "missing"]
 
 
-def test_several_processes_sweep_together(spawn, tmp_path):
-    process = spawn("sample", *TOY, "solver=ddim,pndm", "nfe=2,3,4", processes=2)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert out.count("study: 6 cells, 1 refused; ") == 1 and err.count("skipped") == 1
+def test_several_processes_sweep_together(ranks, tmp_path):
+    outcome = ranks(ROOT / "scripts/sample.py", *TOY, "solver=ddim,pndm", "nfe=2,3,4")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("study: 6 cells, 1 refused; ") == 1
+    assert outcome.err.count("skipped") == 1
     assert sorted(statuses(tmp_path)) == ["done"] * 5 + ["refused"]
     timings = [
         json.loads(path.read_text()) for path in tmp_path.glob("outputs/study/*/timing.json")
