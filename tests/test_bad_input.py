@@ -129,7 +129,7 @@ def test_a_bad_value(script, toy, tmp_path, arguments):
 
 
 def test_a_bad_value_in_a_process_of_its_own(spawn, toy, tmp_path):
-    process = spawn("sample", *toy, "lml.damping=-1", "run_dir=run")
+    process = spawn("sample", *toy, "lml.damping=-1", "run_dir=run", new=True)
     out, err = process.communicate(timeout=90)
     assert (process.returncode, out) == (2, "")
     assert err.startswith("lml.damping=-1") and err.count("\n") == 1

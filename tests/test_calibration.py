@@ -60,7 +60,11 @@ OTHERS = (schedulers.LMLFlowMatchEulerDiscreteScheduler, schedulers.LMLIPNDMSche
 
 @pytest.mark.parametrize(
     "solver",  # all on a DDPM's noise schedule
-    [cls for cls in schedulers.LMLSchedulerMixin.__subclasses__() if cls not in OTHERS],
+    [
+        cls
+        for cls in schedulers.LMLSchedulerMixin.__subclasses__()
+        if cls not in OTHERS and not cls.adds_noise  # else the errors are random
+    ],
 )
 def test_no_solver_gets_worse(gaussian, solver):
     found = calibrate(problem(gaussian, solver, 6, 60), range(16), range(100, 116), rounds=1)
@@ -188,7 +192,8 @@ def test_a_pipeline_is_calibrated(pipelines, name):
         else schedulers.LMLDPMSolverMultistepScheduler
     )
     pipe.scheduler = before = cls.from_config(pipe.scheduler.config)
-    size = {"use_resolution_binning": False} if name == "pixart" else {}
+    size = {"pixart": {"use_resolution_binning": False}, "flux": {"height": 16, "width": 16}}
+    size = size.get(name, {})  # FLUX's own is 256x256, whatever the network
     found = calibrate_pipeline(
         pipe, ["a cat", "a dog"], 4, samples=4, fine_steps=12, batch_size=2, rounds=1,
         guidance_scale=3.0, **size,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from lml import configs
@@ -25,7 +26,7 @@ TOY = ["num_images=2", "batch_size=2", "nfe=5", "threads=1", "metrics=none"]
 
 
 names = configs.names
-FLOW_SOLVERS = {"flow_euler", "authors_fm_euler", "authors_lml_euler"}
+FLOW_SOLVERS = {"flow_euler", "flow_euler_calibrated", "authors_fm_euler", "authors_lml_euler"}
 
 
 def toy_model(solver: str) -> str:
@@ -74,14 +75,26 @@ def test_configs_are_composed_in_one_way():
     assert reading == {"OmegaConf.load(": set(), " load_yaml(": runs}
 
 
+@cache
+def with_solver(solver: str) -> DictConfig:
+    """The config of a toy model with this solver, whose values are not looked up yet."""
+    more = []
+    if solver == "ipndm_diffusers":
+        more = ["~model.scheduler", "+model.scheduler={_target_:diffusers.IPNDMScheduler}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("sample", [f"solver={solver}", f"model={toy_model(solver)}", *more])
+
+
+option = cache(configs.option)
+
+
 @pytest.mark.parametrize("solver", names("solver"))
 @pytest.mark.parametrize("lml", sorted({*names("lml")} - {"calibrated"}))  # of a stored file
 def test_every_solver_and_correction_makes_a_scheduler(solver, lml):
-    model, more = toy_model(solver), []
-    schedule = "model.scheduler={_target_:diffusers.IPNDMScheduler}"
-    if solver == "ipndm_diffusers":
-        more += ["~model.scheduler", "+" + schedule]
-    cfg = composed(f"solver={solver}", f"lml={lml}", f"model={model}", *more)
+    cfg = with_solver(solver).copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.lml = option("lml", lml)
+    cfg = OmegaConf.to_container(cfg, resolve=True)
     found = pixel.find_pixel_model(cfg["model"])
     if ".released." in cfg["solver"]["scheduler"]["_target_"] and lml == "default":
         with pytest.raises(UserError, match=r"^lml\.anchor=history: the released code has ema"):

@@ -144,7 +144,8 @@ def test_a_script_does_not_wait_for_a_pipe(spawn, tmp_path, name):
     (tmp_path / "run" / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / "run" / name)
     signal.alarm(90)
-    out, err = spawn("evaluate", "run_dir=run", "metrics=none").communicate(timeout=80)
+    process = spawn("evaluate", "run_dir=run", "metrics=none", new=name == "config.yaml")
+    out, err = process.communicate(timeout=80)
     assert (out, err.count("\n")) == ("", 1) and "run" in err
 
 

@@ -16,8 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lml.cli.main import main
-from lml.cli.values import PATHS
-from lml.configs import CONFIGS
+from lml.cli.values import PATHS, complete
+from lml.configs import CONFIGS, compose
 from lml.data.assets import ROOT
 from lml.errors import UserError, say
 from lml.runs import sample
@@ -166,8 +166,13 @@ def composed(monkeypatch, tmp_path, script):
     return run
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("name", OVERRIDES)
+# Each script with one place of the option, and with all those whose arguments are read in their own
+# way: of `sample` they are a run's, of `compare` they may be words without a key.
+PLACES = [(name, k % 3) for k, name in enumerate(sorted(OVERRIDES))]
+PLACES = sorted({*PLACES, *((name, k) for name in ("sample", "compare") for k in range(3))})
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES)
 def test_an_option_stands_before_between_or_after_overrides(script, tmp_path, name, place):
     assert set(OVERRIDES) == {file.stem for file in (ROOT / "scripts").glob("*.py")}
     (tmp_path / "more").mkdir()
@@ -187,8 +192,7 @@ def test_an_option_stands_before_between_or_after_overrides(script, tmp_path, na
     assert outcome.err.startswith("unrecognized arguments: --multirum")
 
 
-@pytest.mark.parametrize("name", [name for name in OVERRIDES if name != "sample"])
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("name", "place"), [case for case in PLACES if case[0] != "sample"])
 def test_a_sweep_takes_overrides_on_both_sides_of_its_option(composed, name, place):
     first, *others = OVERRIDES[name]
     arguments = [f"{first},{first.split('=')[1]}", *others]
@@ -294,14 +298,16 @@ def value_at(cfg: dict, key: str):
 
 
 @pytest.mark.parametrize(("name", "key", "others"), [(n, k, o) for n, k, *o in KEYS])
-def test_a_home_folder_in_every_path(composed, script, monkeypatch, name, key, others):
+def test_a_home_folder_in_every_path(monkeypatch, name, key, others):
+    """By what every script begins with."""
     monkeypatch.setenv("HOME", "/home/me")
     others = ["layout=t2i_compbench", *others] if name == "export" else others
-    (cfg,) = composed(name, *others, f'{key}="~/x"')
+    cfg = compose(*others, f'{key}="~/x"', config=name)
+    complete(cfg, name)
     assert value_at(cfg, key) == "/home/me/x"
-    outcome = script(name, *others, f"{key}=2024_10")
-    assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert outcome.err.startswith(f"{key}=202410: expected a path")
+    cfg = compose(*others, f"{key}=2024_10", config=name)
+    with pytest.raises(UserError, match=rf"^{key}=202410: expected a path"):
+        complete(cfg, name)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,19 @@ def write(folder, count, seed):
     return folder
 
 
+SIDE = 107  # of the images that the network sees; 299 takes ten times as long
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Both sides' network sees small images, but where its own size is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", SIDE)
+        yield
+
+
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, small):
     """Images, reference images, and random weights."""
     root = tmp_path_factory.mktemp("data")
     write(root / "images", COUNT, 0)
@@ -182,7 +193,9 @@ def test_a_batch_changed_in_place_is_another_one(network, passes, data):
         assert torch.equal(network(fresh), network(images))
 
 
-def test_the_layers_in_pieces_give_the_same_bits(data, network):
+def test_the_layers_in_pieces_give_the_same_bits(data, network, monkeypatch):
+    """At the network's own size of images."""
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 299)
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], str(data / "weights.pth")
     )
@@ -211,8 +224,10 @@ WORKER = textwrap.dedent(
     import json, sys
     import torch
     import torch.distributed as dist
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from lml.metrics.evaluate import Context, evaluate
 
+    FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = int(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     configs, results = json.loads(sys.argv[1]), []
@@ -230,7 +245,7 @@ WORKER = textwrap.dedent(
 def test_two_processes_give_the_numbers_of_one(data, tmp_path, ranks, in_blocks, whole):
     """Two blocks each; and one process with all the images, the other with none."""
     (tmp_path / "worker.py").write_text(WORKER)
-    arguments = [json.dumps(configs(data)), str(data / "images"), str(tmp_path / "out")]
+    arguments = [json.dumps(configs(data)), str(data / "images"), str(tmp_path / "out"), str(SIDE)]
     outcome = ranks(tmp_path / "worker.py", *arguments)
     assert outcome.code == 0, outcome.err
     for rank in range(2):
