@@ -38,7 +38,7 @@ from lml.processes import is_first, joined, on_first
 from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
-from lml.runs.solver import find_steps, make_scheduler, read_solver
+from lml.runs.solver import check_start, find_steps, make_scheduler, read_solver
 from lml.seals import canonical, sealed, why_not_sealed
 
 STATE = "state.json"  # from which an interrupted search continues
@@ -82,6 +82,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     schema.check(cfg, schema.Calibrate)
     if not cfg["ranks"]:
         raise UserError("ranks=[]: expected at least one")
+    check_start(cfg["model"], "a calibration")
 
 
 _fine: dict[str, Tensor] = {}  # fine solutions that the cells of a sweep share
@@ -103,7 +104,7 @@ def make_problem(
     count = cfg["searched"] + cfg["unseen"]
     prompts = choose_prompts({**cfg, "num_images": count}, model)
     sampler = load_sampler(cfg, model, device)
-    step = cfg["solver"].get("step") or {}
+    step, strength = cfg["solver"].get("step") or {}, cfg["model"].get("strength")
     decode = cfg["objective"] == "features"
 
     about = {
@@ -130,9 +131,9 @@ def make_problem(
         sample,
         sampler.network,
         scheduler,
-        find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"]),
+        find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"], strength),
         fine_scheduler,
-        find_steps(fine_scheduler, cfg["fine"]["nfe"], name),
+        find_steps(fine_scheduler, cfg["fine"]["nfe"], name, strength),
         make_objective(cfg, model, device),
         cfg["batch_size"],
     )
