@@ -104,7 +104,7 @@ def make_problem(
     count = cfg["searched"] + cfg["unseen"]
     prompts = choose_prompts({**cfg, "num_images": count}, model)
     sampler = load_sampler(cfg, model, device)
-    step, strength = cfg["solver"].get("step") or {}, cfg["model"].get("strength")
+    step = cfg["solver"].get("step") or {}
     decode = cfg["objective"] == "features"
 
     about = {
@@ -131,9 +131,9 @@ def make_problem(
         sample,
         sampler.network,
         scheduler,
-        find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"], strength),
+        find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"]),
         fine_scheduler,
-        find_steps(fine_scheduler, cfg["fine"]["nfe"], name, strength),
+        find_steps(fine_scheduler, cfg["fine"]["nfe"], name),
         make_objective(cfg, model, device),
         cfg["batch_size"],
     )

@@ -71,8 +71,7 @@ class Control:
                     "images' size (model.width, model.height)"
                 )
             return pixels, None
-        filter = Image.Resampling.BICUBIC
-        photo = ImageOps.fit(F.to_pil_image(pixels), (width, height), filter)
+        photo = ImageOps.fit(F.to_pil_image(pixels), (width, height), Image.Resampling.BICUBIC)
         try:
             with _one_thread():
                 made = self.make(photo)
@@ -109,9 +108,8 @@ def find_control(config: Mapping[str, Any]) -> Control:
     if kind is None:
         raise UserError(f"{GROUP}.kind=null: expected what to make of {key}: canny, depth or pose")
     settings = {"control_photo": image_hash(photo, key)}
-    package, module = PACKAGES.get(kind, ("", ""))
-    if module and importlib.util.find_spec(module) is None:
-        raise UserError(f"{key}={photo}: needs {package}: {INSTALL}")
+    if kind in PACKAGES and importlib.util.find_spec(PACKAGES[kind][1]) is None:
+        raise UserError(f"{key}={photo}: needs {PACKAGES[kind][0]}: {INSTALL}")
     make, network = {"canny": _find_canny, "depth": _find_depth, "pose": _find_pose}[kind](config)
     return Control(key, photo, {**settings, "control_map": {"kind": kind, **network}}, make)
 
