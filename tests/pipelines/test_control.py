@@ -12,14 +12,18 @@ import pytest
 import torch
 import yaml
 from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from lml import schedulers
+from lml.configs import compose
 from lml.errors import UserError
-from lml.pipelines import control
+from lml.pipelines import control, find_model
+from lml.runs.plan import choose_prompts, plan
 from lml.runs.solver import find_steps
+from lml.runs.worker import Worker
 
 TOY = ["num_images=3", "batch_size=2", "nfe=4", "metrics=none", "threads=1", "run_dir=run"]
 IMG2IMG = StableDiffusionControlNetImg2ImgPipeline
@@ -305,11 +309,23 @@ def test_more_evaluations_than_there_are_timesteps(script, img2img, tmp_path):
 
 
 def test_a_sweep_of_strengths(script, img2img, tmp_path):
-    """Its outlook measures a few steps, of which a low strength leaves some."""
-    outcome = script("sample", "-m", *img2img[:-1], "model=sd15_depth_img2img", "run_dir=null",
-                     "name=sweep", "model.strength=0.2,0.9")  # fmt: skip
+    common = [*img2img, "run_dir=null", "name=sweep", "lml=off"]
+    outcome = script("sample", "-m", *common, "model.strength=0.2,0.9")
     assert (outcome.code, outcome.err) == (0, "")
     assert len(list((tmp_path / "outputs/sweep").glob("*/control.png"))) == 2
+
+
+@pytest.mark.parametrize("strength", [0.15, 0.8])
+def test_a_rate_is_measured_on_steps_that_are_made(img2img, strength):
+    cfg = OmegaConf.to_container(
+        compose(*img2img, f"model.strength={strength}", config="sample"), resolve=True
+    )
+    model = find_model(cfg["model"])
+    worker = Worker(plan(cfg, model, choose_prompts(cfg, model)), torch.device("cpu"))
+    counted = []
+    worker.sampler().network.register_forward_hook(lambda *_: counted.append(1))
+    assert worker.measure() > 0
+    assert 1 <= len(counted) - 4 <= 2  # beside the 4 of the run
 
 
 def test_what_compares_with_other_numbers_of_steps_is_refused(script, img2img, tmp_path):
