@@ -279,6 +279,20 @@ def test_img2img_with_lml(script, img2img, tmp_path, solver):
     assert min(score["steps"]["cosine"]) < 0.9999
 
 
+def test_a_network_that_fails_is_named_by_the_step_that_is_made(
+    script, img2img, pipelines, tmp_path
+):
+    shutil.copytree(pipelines / "sd15", tmp_path / "sd15")
+    file = tmp_path / "sd15/unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"] += torch.nan
+    save_file(weights, file, {"format": "pt"})
+    outcome = script("sample", *img2img, "solver=ddim", f"model.path={tmp_path / 'sd15'}")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    # of the model's 5 leading timesteps 801, 601, ...
+    assert "NaN or inf at step 1 of 4, timestep 601" in outcome.err
+
+
 @pytest.mark.parametrize("strength", [0.05, 0.29, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("solver", ["DDIM", "DPMSolverMultistep", "HeunDiscrete", "PNDM"])
 def test_the_evaluations_of_img2img_are_counted_as_diffusers_makes_them(solver, strength):
