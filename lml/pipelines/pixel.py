@@ -133,10 +133,12 @@ class PixelSampler:
 
     Evaluations are calls of `network`. `parts` are its other networks, by the name of their time
     in timing.json. `guided` says whether `network` is called on twice the batch. `latents`
-    (B, ...) are the solver's result in the last call; None if the model has none.
+    (B, ...) are the solver's result in the last call; None if the model has none. `control_map`,
+    uint8 (3, H, W), is what a text model made of a photograph.
     """
 
     guided = False
+    control_map: Tensor | None = None
 
     def __init__(self, network: nn.Module, channels_last: bool):
         self.network, self.channels_last = network, channels_last
