@@ -185,14 +185,14 @@ class Weights:
 def sample_size(folder: Path) -> tuple[int, int] | None:
     """(height, width) of the samples of the network in `folder`; None if its config has none."""
     size = read_object(folder / "config.json").get("sample_size")
-    if isinstance(size, int):
-        return size, size
-    return tuple(size) if isinstance(size, list) and len(size) == 2 else None
+    sides = size if isinstance(size, list) else [size, size]
+    return tuple(sides) if len(sides) == 2 and all(type(side) is int for side in sides) else None
 
 
 def decoder_factor(folder: Path) -> int:
     """The side of an image over that of its latents, for the autoencoder in `folder`."""
-    return 2 ** (len(read_object(folder / "config.json").get("block_out_channels", [0])) - 1)
+    blocks = read_object(folder / "config.json").get("block_out_channels")
+    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 16 else 1
 
 
 def find_weights(

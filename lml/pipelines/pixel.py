@@ -96,12 +96,14 @@ class PixelModel:
         """(height, width) of the images; None if it is not known before the network is loaded."""
         if self.weights is None:
             side = self.config["network"].get("sample_size")
-            return side and (side, side)
+            return None if side is None else (side, side)
         height_width = loading.sample_size(self.weights.folder)
         if self.sample_size is not None:
             height_width = (self.sample_size,) * 2
         factor = self.config.get("patch", 1)
-        return height_width and (height_width[0] * factor, height_width[1] * factor)
+        if height_width is None:
+            return None
+        return height_width[0] * factor, height_width[1] * factor
 
     def load(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool = False
