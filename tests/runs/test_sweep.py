@@ -627,16 +627,16 @@ def test_a_rate_that_is_given_is_used(script):
 
 
 def test_too_little_disk_is_said_before_the_start(script, tmp_path, made, monkeypatch):
-    free = 5.9 * 4096  # six files take a block of 4096 bytes each
+    free = 11.9 * 4096  # twelve files take a block of 4096 bytes each
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    outcome = script("sample", *TOY, "lml=off")
-    line = (
-        r".*: has 0.0 GB free, and 6 images need at least 0.0 GB; free some space, or make less .*"
-    )
+    (tmp_path / "outputs/study/there").mkdir(parents=True)
+    cells = [*TOY, "lml=off", "seed=0,100"]
+    outcome = script("sample", *cells)
+    line = r".*: 0.0 GB free, but 12 images need at least 0.0 GB; free some space, or make fewer images"
     assert outcome.code == 2 and re.fullmatch(line, outcome.err.strip()) and not made
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=6 * 4096))
-    assert script("sample", *TOY, "lml=off").code == 0 and len(made) == 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=12 * 4096))
+    assert script("sample", *cells).code == 0 and len(made) == 2
 
 
 @pytest.mark.parametrize(
