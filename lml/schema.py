@@ -125,6 +125,14 @@ class Place:
 
 
 @dataclass
+class ControlMap(Place):
+    """What is made of the photograph that a ControlNet follows, and its network's files."""
+
+    _: dataclasses.KW_ONLY
+    kind: Literal["canny", "depth", "pose"]
+
+
+@dataclass
 class Model(Place):
     """A model of any kind; lml.pipelines checks what each kind needs."""
 
@@ -145,6 +153,9 @@ class Model(Place):
     slicing: bool = False
     controlnet: Place | None = None
     control_image: FilePath | None = None
+    control_photo: FilePath | None = None
+    control_map: ControlMap | None = None
+    strength: Annotated[float, Range(0, 1, above=True)] | None = None
     published_damping: dict[str, Positive] | None = None  # by evaluations, and "else"
     aligned_timesteps: list[Count] | None = None
 

@@ -90,7 +90,7 @@ def toy(tiny_model: Path) -> list[str]:
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds every pipeline of `tiny_pipelines` by the name of its config.
 
-    Beside them "celebahq_ldm" and "controlnet". Not to be written to.
+    Beside them "celebahq_ldm", "controlnet" and "depth". Not to be written to.
     """
     root = tmp_path_factory.mktemp("pipelines")
     for name, build in tiny_pipelines.PIPELINES.items():
@@ -101,6 +101,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         tiny_pipelines.latent(root / "celebahq_ldm")
         tiny_pipelines.controlnet().save_pretrained(root / "controlnet")
+        tiny_pipelines.depth(root / "depth")
     return root
 
 

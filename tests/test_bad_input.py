@@ -71,7 +71,8 @@ VALUES = {
     "model.path=nowhere": "model.path=nowhere: no such folder",
     "model.path=null": "model.path=null.*model.hub_id",
     "solver=ddim grid=lu": "grid=lu: ddim has no use_lu_lambdas.*trailing",
-    "grid=ays": "grid=ays: not for cifar10; for sd15, sd15_canny, sd15_depth, sd15_pose, sdxl",
+    "grid=ays": "grid=ays: not for cifar10; for sd15, sd15_canny, sd15_depth, "
+    "sd15_depth_img2img, sd15_pose, sdxl",
     "solver=pndm grid=karras": "grid=karras: pndm.*leading",
     "solver=flow_euler": "solver=flow_euler: not for cifar10.*DDPMScheduler",
     "solver=ipndm_diffusers": "solver=ipndm_diffusers: not for cifar10",

@@ -209,6 +209,9 @@ def tiny(tiny_model, pipelines, prompts, tmp_path) -> Callable[[dict], list[str]
                 f"model.controlnet.path={pipelines / 'controlnet'}",
                 f"model.control_image={tmp_path / 'control.png'}",
             ]
+        if model["strength"]:  # begins with a photograph
+            control[-1] = f"model.control_photo={tmp_path / 'control.png'}"
+            control.append(f"model.control_map.path={pipelines / 'depth'}")
         size = ["model.height=16", "model.width=16"]
         family = "sd15" if model["controlnet"] else model["name"]
         return [f"model.path={pipelines / family}", *size, *prompts, *control]

@@ -23,7 +23,7 @@ from lml.data import cifar10, images, prompts
 from lml.data.statistics import ReferenceStatistics
 from lml.errors import UserError
 from lml.files import read_json
-from lml.pipelines import loading, text
+from lml.pipelines import control, loading, text
 from lml.report import figures, results
 from lml.runs.records import read_config
 from lml.runs.store import RunFolder
@@ -77,7 +77,7 @@ IMAGES = {
     "read": (images.read, UserError),
     "folder": (lambda path: images.ImageFolder(path.parent), UserError),
     "zip": (archive, UserError),
-    "control image": (text._image_hash, UserError),
+    "control image": (control.image_hash, UserError),
     "sheet": (cifar10._sheet, UserError),
     "run": (stored, False),
     "strip": (lambda path: figures._images(path.parent), None),

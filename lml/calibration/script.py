@@ -38,7 +38,7 @@ from lml.processes import is_first, joined, on_first
 from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
-from lml.runs.solver import find_steps, make_scheduler, read_solver
+from lml.runs.solver import check_start, find_steps, make_scheduler, read_solver
 from lml.seals import canonical, sealed, why_not_sealed
 
 STATE = "state.json"  # from which an interrupted search continues
@@ -82,6 +82,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     schema.check(cfg, schema.Calibrate)
     if not cfg["ranks"]:
         raise UserError("ranks=[]: expected at least one")
+    check_start(cfg["model"], "a calibration")
 
 
 _fine: dict[str, Tensor] = {}  # fine solutions that the cells of a sweep share

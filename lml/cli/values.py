@@ -15,7 +15,7 @@ from lml.files import check_path
 # Keys whose values are paths. The first line has whole keys: budget.images is a number.
 PATHS = re.compile(
     r"run_dir|run_dirs\.\d+|runs|out|evaluations|images|layout\.images|metrics\.[^.]+\.model"
-    r"|(.+\.)?(calibration|control_image|features|file|path|reference|tokenizer|weights)"
+    r"|(.+\.)?(calibration|control_(image|photo)|features|file|path|reference|tokenizer|weights)"
 )
 
 

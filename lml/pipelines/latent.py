@@ -28,7 +28,7 @@ class LatentModel(pixel.PixelModel):
     def image_size(self) -> tuple[int, int] | None:
         """(height, width) of the images; None if it is not known before the network is loaded."""
         latents, factor = super().image_size(), loading.decoder_factor(self.decoder.folder)
-        return latents and (latents[0] * factor, latents[1] * factor)
+        return None if latents is None else (latents[0] * factor, latents[1] * factor)
 
     def sampler(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool, compile: bool

@@ -47,23 +47,22 @@ def find_folder(
     config: Mapping[str, Any],
     group: str = "model",
     download: Callable[..., str] | None = None,
+    holds: str = "a model in diffusers' format",
     **options: Any,
 ) -> Path:
     """The folder of a model: `path`, or `hub_id` at `revision`, fetched unless it is cached.
 
-    `download(hub_id, revision=..., **options)` replaces `fetch`. UserError if there is no such
-    model.
+    `download(hub_id, revision=..., **options)` replaces `fetch`. `holds` says in errors what the
+    folder has to hold. UserError if there is no such model.
     """
     key = describe_key(config, group)
     if config.get("path"):
         folder = locate(str(config["path"]))
         if not folder.is_dir():
-            raise UserError(f"{key}: no such folder; expected a model in diffusers' format")
+            raise UserError(f"{key}: no such folder; expected {holds}")
         return folder
     if not config.get("hub_id"):
-        raise UserError(
-            f"{group}.path=null: expected a folder in diffusers' format, or {group}.hub_id"
-        )
+        raise UserError(f"{group}.path=null: expected a folder with {holds}, or {group}.hub_id")
     hub_id, revision = str(config["hub_id"]), config.get("revision")
     if download is None:
         download, options = fetch, {"config": config}
@@ -186,14 +185,14 @@ class Weights:
 def sample_size(folder: Path) -> tuple[int, int] | None:
     """(height, width) of the samples of the network in `folder`; None if its config has none."""
     size = read_object(folder / "config.json").get("sample_size")
-    if isinstance(size, int):
-        return size, size
-    return tuple(size) if isinstance(size, list) and len(size) == 2 else None
+    sides = size if isinstance(size, list) else [size, size]
+    return tuple(sides) if len(sides) == 2 and all(type(side) is int for side in sides) else None
 
 
 def decoder_factor(folder: Path) -> int:
     """The side of an image over that of its latents, for the autoencoder in `folder`."""
-    return 2 ** (len(read_object(folder / "config.json").get("block_out_channels", [0])) - 1)
+    blocks = read_object(folder / "config.json").get("block_out_channels")
+    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 16 else 1
 
 
 def find_weights(
@@ -241,10 +240,13 @@ def _suffixes(config: Mapping[str, Any]) -> list[str]:
     return list(STEMS)[: 1 if config.get("use_safetensors", True) else 2]
 
 
-def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> nn.Module:
+def read_network(
+    cls: type, weights: Weights, dtype: torch.dtype, key: str, unused: str = ""
+) -> nn.Module:
     """Read a network of class `cls` (diffusers' or transformers').
 
-    UserError if a weight is missing, left over or of another shape, or if a file is broken.
+    UserError if a weight is missing, left over or of another shape, or if a file is broken. Weights
+    whose whole name the expression `unused` matches may be missing.
     """
     config = read_object(weights.folder / "config.json", Network)
     check_call(cls, config, f"{key}: config.json", lenient=True)
@@ -263,6 +265,8 @@ def read_network(cls: type, weights: Weights, dtype: torch.dtype, key: str) -> n
         raise UserError(f"{key}: the weights cannot be read ({one_line(error)})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for name in sorted(map(str, report.get(problem) or ())):
+            if problem == "missing_keys" and re.fullmatch(unused, name):
+                continue
             reason = problem.replace("_keys", "")
             raise UserError(f"{key}: the weights are not those of config.json ({reason}: {name})")
     return network
@@ -340,10 +344,11 @@ def prepare(network: nn.Module, device: torch.device, channels_last: bool) -> nn
 
 
 @contextmanager
-def finite_outputs(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[None]:
+def finite_outputs(network: nn.Module, scheduler: SchedulerMixin, first: int = 0) -> Iterator[None]:
     """FloatingPointError, with step and timestep, if `network` returns NaN or inf inside.
 
-    There is no error if `scheduler` says `may_diverge`. Its timesteps must be the trajectory's.
+    There is no error if `scheduler` says `may_diverge`. Its timesteps, from number `first` on, must
+    be the trajectory's.
     """
     if getattr(scheduler, "may_diverge", False):
         yield
@@ -354,7 +359,7 @@ def finite_outputs(network: nn.Module, scheduler: SchedulerMixin) -> Iterator[No
         flags = torch.stack(finite).tolist() if finite else [True]
         if all(flags):
             return
-        step, times = flags.index(False), scheduler.timesteps
+        step, times = flags.index(False), scheduler.timesteps[first:]
         raise FloatingPointError(
             f"the network returned NaN or inf at step {step + 1} of {len(times)}, "
             f"timestep {times[step].item():g}"

@@ -96,12 +96,14 @@ class PixelModel:
         """(height, width) of the images; None if it is not known before the network is loaded."""
         if self.weights is None:
             side = self.config["network"].get("sample_size")
-            return side and (side, side)
+            return None if side is None else (side, side)
         height_width = loading.sample_size(self.weights.folder)
         if self.sample_size is not None:
             height_width = (self.sample_size,) * 2
         factor = self.config.get("patch", 1)
-        return height_width and (height_width[0] * factor, height_width[1] * factor)
+        if height_width is None:
+            return None
+        return height_width[0] * factor, height_width[1] * factor
 
     def load(
         self, device: torch.device, dtype: torch.dtype, channels_last: bool = False
@@ -133,10 +135,12 @@ class PixelSampler:
 
     Evaluations are calls of `network`. `parts` are its other networks, by the name of their time
     in timing.json. `guided` says whether `network` is called on twice the batch. `latents`
-    (B, ...) are the solver's result in the last call; None if the model has none.
+    (B, ...) are the solver's result in the last call; None if the model has none. `control_map`,
+    uint8 (3, H, W), is what a text model made of a photograph.
     """
 
     guided = False
+    control_map: Tensor | None = None
 
     def __init__(self, network: nn.Module, channels_last: bool):
         self.network, self.channels_last = network, channels_last

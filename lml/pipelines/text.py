@@ -20,12 +20,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from lml.data.assets import locate
-from lml.data.images import read
 from lml.errors import UserError, first_line
 from lml.files import read_bytes, read_object
 from lml.instances import SCHEDULERS
 from lml.pipelines import loading
+from lml.pipelines.control import Control, find_control
 from lml.schema import PipelineIndex
 
 # The libraries that the classes of a pipeline's parts may come from.
@@ -52,6 +51,7 @@ class TextModel:
     pipeline: type[DiffusionPipeline]
     networks: Mapping[str, loading.Weights]
     controlnet: loading.Weights | None = None
+    control: Control | None = None
     has_latents: ClassVar[bool] = True
 
     def image_size(self) -> tuple[int, int] | None:
@@ -104,13 +104,19 @@ class TextModel:
             pipe.enable_model_cpu_offload(device=device)
         else:
             pipe.to(device)
-        return TextSampler(pipe, getattr(pipe, name), config)
+        return TextSampler(pipe, getattr(pipe, name), config, self.control)
 
 
 class TextSampler:
     """Makes images from seeds and prompts; see `lml.pipelines.pixel.PixelSampler`."""
 
-    def __init__(self, pipe: DiffusionPipeline, network: nn.Module, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        network: nn.Module,
+        config: Mapping[str, Any],
+        control: Control | None = None,
+    ):
         self.pipe, self.network = pipe, network
         self.guided = config["guidance_scale"] > 1
         parts = {"decoder": pipe.vae.decoder, "controlnet": getattr(pipe, "controlnet", None)}
@@ -127,8 +133,20 @@ class TextSampler:
         for key in [*self.options, *(["negative_prompt"] if self.negative_prompt else [])]:
             if key not in self.accepted:
                 raise UserError(f"model.{key}: {type(pipe).__name__} takes no such option")
-        if config.get("controlnet"):
-            self.options |= _control_image(config, self.accepted, self.size())
+        self.strength, self.control_map = config.get("strength"), None
+        if control is not None:
+            self._follow(control)
+
+    def _follow(self, control: Control) -> None:
+        """Let the pipeline follow `control` and, with a strength, begin with its photograph."""
+        followed, photo = control.at(self.size())
+        name = "control_image" if "control_image" in self.accepted else "image"
+        self.options[name] = followed[None].float() / 255
+        if photo is not None:
+            self.control_map = followed
+        if self.strength is not None:
+            self.options |= {"image": photo[None].float() / 255, "strength": self.strength}
+            self.parts["encoder"] = self.pipe.vae.encoder
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the images."""
@@ -170,7 +188,8 @@ class TextSampler:
         if self.negative_prompt:
             options["negative_prompt"] = [self.negative_prompt] * len(prompts)
         self.pipe.scheduler = scheduler
-        finite = loading.finite_outputs(self.network, scheduler)
+        first = count_skipped(steps, self.strength) * scheduler.order
+        finite = loading.finite_outputs(self.network, scheduler, first)
         try:
             with finite, _last_step(scheduler) as last:
                 images = self.pipe(
@@ -204,6 +223,14 @@ class TextSampler:
         return passed
 
 
+def count_skipped(steps: int, strength: float | None) -> int:
+    """How many of `steps` img2img leaves out, by the rule of diffusers' `get_timesteps`.
+
+    With `strength` in (0, 1), the first step that is made begins with the noised photograph.
+    """
+    return 0 if strength is None else max(steps - int(steps * strength), 0)
+
+
 @contextmanager
 def _last_step(scheduler: SchedulerMixin) -> Iterator[list[Tensor]]:
     """A list that holds the result of the scheduler's last step; not all pipelines return it."""
@@ -225,6 +252,7 @@ def _last_step(scheduler: SchedulerMixin) -> Iterator[list[Tensor]]:
 def find_text_model(config: Mapping[str, Any]) -> TextModel:
     """The pipeline in the folder `path`, or in `hub_id` at `revision`, with its `controlnet`.
 
+    With `strength`, a share of the steps in (0, 1], it is img2img from `control_photo`.
     UserError if there is no pipeline, or if an option is out of its range.
     """
     _check(config)
@@ -238,17 +266,20 @@ def find_text_model(config: Mapping[str, Any]) -> TextModel:
         **dict.fromkeys(LEFT_OUT),  # parts that are given are not fetched
     )
     index = _read_index(root, key)
-    name, control, settings = index["_class_name"], None, {}
+    name, settings, controlnet, control = index["_class_name"], {}, None, None
     if config.get("controlnet"):
         control_key = loading.describe_key(config["controlnet"], "model.controlnet")
         folder = loading.find_folder(config["controlnet"], "model.controlnet")
         _control_class(folder, control_key)
-        control = loading.find_weights(
+        controlnet = loading.find_weights(
             folder, control_key, config["controlnet"], "model.controlnet"
         )
-        name = name.replace("Pipeline", "ControlNetPipeline")
-        settings["controlnet"] = control.sha256
-        settings["control_image"] = _image_hash(config.get("control_image"))
+        control = find_control(config)
+        settings |= {"controlnet": controlnet.sha256, **control.settings}
+        kind = "ControlNetPipeline"
+        if (strength := config.get("strength")) is not None:
+            kind, settings["strength"] = "ControlNetImg2ImgPipeline", strength
+        name = name.replace("Pipeline", kind)
     pipeline = getattr(diffusers, name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
         raise UserError(f"{key}: a {name}, which diffusers does not have")
@@ -264,7 +295,8 @@ def find_text_model(config: Mapping[str, Any]) -> TextModel:
         "scheduler": schedule,
         **{option: config.get(option) for option in options},
     }
-    return TextModel(config["name"], settings, scheduler, config, root, pipeline, networks, control)
+    parts = (pipeline, networks, controlnet, control)
+    return TextModel(config["name"], settings, scheduler, config, root, *parts)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -280,6 +312,12 @@ def _check(config: Mapping[str, Any]) -> None:
     negative = config.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"model.negative_prompt={negative}: expected text, one for all images")
+    for key in ("control_photo", "strength"):
+        if config.get(key) is not None and not config.get("controlnet"):
+            raise UserError(
+                f"model.{key}={config[key]}: {config['name']} has no ControlNet; "
+                "use model=sd15_canny, sd15_depth or sd15_pose"
+            )
     for key in ("cpu_offload", "slicing", "use_safetensors"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"model.{key}={config[key]}: expected true or false")
@@ -406,34 +444,3 @@ def _tokenizers_hash(root: Path, index: Mapping[str, Any], key: str) -> str:
 def _control_class(folder: Path, key: str) -> type:
     names = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel")
     return getattr(diffusers, loading.read_config(folder, key, names)["_class_name"])
-
-
-def _image_hash(path: str | None) -> str:
-    return hashlib.sha256(_read_control(path).numpy().tobytes()).hexdigest()
-
-
-def _read_control(path: str | None) -> Tensor:
-    if path is None:
-        raise UserError("model.control_image=null: expected the image that the ControlNet follows")
-    file = locate(path)
-    if not file.is_file():
-        raise UserError(f"model.control_image={path}: no such file")
-    try:
-        return read(file, upright=True)  # as diffusers.utils.load_image reads it
-    except UserError as error:
-        raise UserError(f"model.control_image={error}") from None
-
-
-def _control_image(
-    config: Mapping[str, Any], accepted: Mapping[str, Any], size: tuple[int, int]
-) -> dict[str, Tensor]:
-    """The option of the pipeline's call for the control image, (1, 3, H, W) in [0, 1]."""
-    image = _read_control(config["control_image"])
-    if tuple(image.shape[1:]) != size:
-        (height, width), (h, w) = size, image.shape[1:]
-        raise UserError(
-            f"model.control_image={config['control_image']}: {w}x{h} pixels; expected "
-            f"{width}x{height}, the images' size (model.width, model.height)"
-        )
-    name = "control_image" if "control_image" in accepted else "image"
-    return {name: image[None].float() / 255}

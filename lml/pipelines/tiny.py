@@ -226,6 +226,25 @@ def controlnet() -> ControlNetModel:
     return model
 
 
+def depth(folder: Path) -> None:
+    """A depth model for ControlNet's maps: a DPT that looks at 32x32 pixels."""
+    config = transformers.DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        is_hybrid=False,
+    )
+    transformers.DPTForDepthEstimation(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.DPTImageProcessor(size=size).save_pretrained(folder)
+
+
 def latent(folder: Path) -> None:
     """The latent diffusion of CelebA-HQ: 16x16 pixels by a VQ autoencoder."""
     parts = {

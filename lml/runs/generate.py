@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from lml.data import prompts as prompt_sets
@@ -22,9 +23,7 @@ from lml.processes import is_first, on_first
 from lml.runs.observer import Observer
 from lml.runs.plan import choose_prompts, plan
 from lml.runs.provenance import provenance
-from lml.runs.records import (
-    read_metrics,
-)
+from lml.runs.records import CONTROL, read_metrics
 from lml.runs.store import RunFolder
 from lml.runs.worker import Worker
 from lml.seals import sealed
@@ -51,7 +50,10 @@ def generate(
     try:
         timing = {}
         if len(stored) < count:
-            timing = Worker(planned, device, stored, latents).make(observer)
+            worker = Worker(planned, device, stored, latents)
+            timing = worker.make(observer)
+            if is_first() and (control := worker.sampler().control_map) is not None:
+                write_atomic(folder.path / CONTROL, _encode(control))
         if is_first():
             _finish(folder, count, planned.prompts, timing)
         return folder, timing
@@ -113,6 +115,11 @@ def draw_grid(folder: RunFolder, count: int) -> bytes:
     """A PNG of the first `count` images in a square grid."""
     images = torch.stack([read(folder.image_path(i)) for i in range(count)])
     grid = make_grid(images, nrow=math.ceil(math.sqrt(count)), padding=2, pad_value=255)
+    return _encode(grid)
+
+
+def _encode(pixels: Tensor) -> bytes:
+    """uint8 `pixels` (3, H, W) as a PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()

@@ -92,7 +92,8 @@ def plan(cfg: Mapping[str, Any], model: Model, prompts: prompt_sets.PromptSet | 
     """
     cfg = calibrated(cfg, model.settings)
     scheduler = make_scheduler(cfg, model)
-    steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"])
+    strength = cfg["model"].get("strength")
+    steps = find_steps(scheduler, cfg["nfe"], cfg["solver"]["name"], strength)
     settings = determine(cfg, model, prompts, scheduler)
     path = cfg["run_dir"] or Path("outputs", str(cfg["name"]), settings_hash(settings)[:10])
     return Plan(cfg, model, prompts, scheduler, steps, RunFolder(str(path), settings))

@@ -26,7 +26,8 @@ from lml.seals import settings_hash
 
 WAIT = 60.0  # seconds to wait while another process adds its scores
 # The files in a run's folder beside its config, its images and their latents.
-WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl")
+CONTROL = "control.png"  # the map that was made of the model's control_photo
+WRITTEN = ("manifest.json", "metrics.json", "timing.json", "grid.png", "prompts.jsonl", CONTROL)
 
 
 def read_metrics(path: Path, label: str) -> dict[str, Any]:

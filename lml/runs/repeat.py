@@ -21,7 +21,7 @@ from lml.runs.records import (
     check_recorded,
     read_config,
 )
-from lml.runs.solver import read_solver
+from lml.runs.solver import check_start, made_timesteps, read_solver
 from lml.runs.worker import Worker
 from lml.seals import differences
 
@@ -53,6 +53,7 @@ def reference_run(
     With `latents`, their latents are stored, too, if the model has any. The images are made under
     outputs/reference, or found there. Returns their folder.
     """
+    check_start(config["model"], "metrics=[convergence]")
     fine = {
         **config,
         "name": "reference",
@@ -89,4 +90,5 @@ def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Repla
                 trajectory.images = worker.images(sampler, block)
             yield trajectory
 
-    return Replay(sampler.network, scheduler, scheduler.timesteps.tolist(), count, batches())
+    times = made_timesteps(scheduler, planned.steps, config["model"].get("strength"))
+    return Replay(sampler.network, scheduler, times.tolist(), count, batches())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from diffusers import SchedulerMixin
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from lml import configs, schema
 from lml.damping import GRIDS
 from lml.errors import UserError, first_line, nearest
 from lml.pipelines import Model
+from lml.pipelines.text import count_skipped
 from lml.schedulers import aligned
 from lml.schema import check_call
 
@@ -157,10 +160,13 @@ def read_solver(name: str, key: str) -> dict[str, Any]:
     return OmegaConf.to_container(configs.option("solver", name))
 
 
-def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
+def find_steps(
+    scheduler: SchedulerMixin, nfe: int, solver: str, strength: float | None = None
+) -> int:
     """The number of steps for which the scheduler called `solver` makes exactly `nfe` evaluations.
 
-    UserError, with the nearest possible numbers of evaluations, if there is no such number.
+    With `strength`, img2img makes only that share of the steps. UserError, with the nearest
+    possible numbers of evaluations, if there is no such number.
     """
     highest, reasons = scheduler.config.num_train_timesteps, []
     if nfe > highest:
@@ -174,9 +180,15 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
         except Exception as error:  # a solver may raise anything for such a grid
             reasons.append(first_line(error))
             return 0  # PNDM's Runge-Kutta steps need four
-        return len(scheduler.timesteps)
+        return len(made_timesteps(scheduler, steps, strength))
 
-    steps = 1 + bisect.bisect_left(range(1, max(nfe, 4) + 1), nfe, key=evaluations)
+    most = max(nfe, 4) if strength is None else min(math.ceil(max(nfe, 4) / strength), highest)
+    steps = 1 + bisect.bisect_left(range(1, most + 1), nfe, key=evaluations)
+    if strength is not None and steps > highest:
+        raise UserError(
+            f"nfe={nfe}: at most {evaluations(highest)}, of the model's {highest} timesteps with "
+            f"model.strength={strength:g}"
+        )
     above = evaluations(steps)
     if not above:
         raise UserError(f"nfe={nfe}: not for {solver} ({reasons[0]})")
@@ -185,3 +197,20 @@ def find_steps(scheduler: SchedulerMixin, nfe: int, solver: str) -> int:
         reachable = " or ".join(str(number) for number in (below, above) if number)
         raise UserError(f"nfe={nfe}: {solver} can make {reachable}")
     return steps
+
+
+def made_timesteps(scheduler: SchedulerMixin, steps: int, strength: float | None) -> Tensor:
+    """The timesteps of the network's evaluations; the scheduler's grid is one of `steps`."""
+    return scheduler.timesteps[count_skipped(steps, strength) * scheduler.order :]
+
+
+def check_start(model: Mapping[str, Any], what: str) -> None:
+    """UserError if img2img begins at another noise level with each number of steps.
+
+    Then the fine solution that `what` compares with solves another problem.
+    """
+    if (strength := model.get("strength")) is not None and strength < 1:
+        raise UserError(
+            f"model.strength={strength:g}: not with {what}, since each number of steps begins at "
+            "another noise level"
+        )

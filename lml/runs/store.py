@@ -6,7 +6,7 @@
     manifest.json       what is complete, and the sha256 of config and images
     metrics.json        results of metrics, each sealed, so that an edit by hand is noticed
     timing.json         sealed, too
-    grid.png, prompts.jsonl
+    grid.png, prompts.jsonl, control.png
 
 There is no journal: an image is done if its file is there and its seal is right.
 """

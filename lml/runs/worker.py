@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,8 @@ class Worker:
         They are counted as `nfe` is. The network stays loaded, compiled for the run's batch size.
         """
         sampler, block = self.sampler(), self.blocks(self.plan.cfg["num_images"])[0]
-        short = replace(self, plan=replace(self.plan, steps=min(2, self.plan.steps)))
+        few = math.ceil(2 / (self.plan.cfg["model"].get("strength") or 1))
+        short = replace(self, plan=replace(self.plan, steps=min(few, self.plan.steps)))
         short._batch(sampler, block, Stopwatch(self.device))
         start = time.perf_counter()
         self._batch(sampler, block, Stopwatch(self.device))

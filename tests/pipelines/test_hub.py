@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lml.errors import UserError
-from lml.pipelines import find_model
+from lml.pipelines import control, find_model
 
 TOY = ["num_images=2", "batch_size=2", "nfe=4", "metrics=none", "threads=1"]
 COMMIT = {"main": "a" * 40, "old": "b" * 40}
@@ -175,6 +175,35 @@ def test_the_published_latent_model_as_it_is_on_the_hub(script, pipelines, hub, 
     local = [*arguments, f"model.path={pipelines / 'celebahq_ldm'}", "run_dir=local"]
     assert script("sample", *local).code == 0
     assert (pixels(tmp_path / "run") == pixels(tmp_path / "local")).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("depth", {"config.json", "preprocessor_config.json", "model.safetensors"}),
+        ("pose", {"body_pose_model.pth"}),
+    ],
+)
+def test_what_is_fetched_to_make_a_control_map(pipelines, hub, tmp_path, monkeypatch, kind, wanted):
+    """From a hub id, at the revision; of a repository with many networks, the one that is used."""
+    monkeypatch.delitem(control.PACKAGES, "pose")  # the network is not even read
+    shutil.copytree(pipelines / "depth", hub.folder)
+    for name in ("body_pose_model.pth", "hand_pose_model.pth", "pytorch_model.bin"):
+        (hub.folder / name).write_bytes(b"weights")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "photo.png")
+    config = {
+        "control_photo": str(tmp_path / "photo.png"),
+        "control_map": {"kind": kind, "hub_id": "a/b", "revision": "old"},
+    }
+    found = control.find_control(config)
+    assert hub.fetched == {(COMMIT["old"], file) for file in wanted}
+    assert found.settings["control_map"]["kind"] == kind
+    config["control_map"]["revision"] = "none"
+    with pytest.raises(UserError, match=r"model.control_map.hub_id=a/b: it has no revision none"):
+        control.find_control(config)
+    config["control_map"] = {"kind": kind}
+    with pytest.raises(UserError, match=r"model.control_map.path=null: expected a folder with"):
+        control.find_control(config)
 
 
 def only_fp16(folder: Path) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from lml.configs import names
 from lml.data.assets import ROOT
+from lml.data.images import read
 from lml.errors import UserError
 from lml.pipelines import pixel
 from lml.runs import plan, sampling
@@ -804,3 +805,20 @@ def test_images_of_another_size(script, toy, tmp_path):
     assert pixel.size(embedded.load(torch.device("cpu"), torch.float32)) == (64, 64)
     with pytest.raises(UserError, match=r"model\.sample_size=68: expected null or a multiple of 8"):
         pixel.find_pixel_model({**embedded.config, "sample_size": 68})
+
+
+def test_seeds_that_begin_again(script, tmp_path):
+    """seeds=2: image i is made from seed + i % 2, as if it stood alone."""
+    arguments = ["model=gaussian", "model.network.sample_size=4", "metrics=none", "nfe=3"]
+    arguments += ["num_images=5", "batch_size=3", "threads=1", "seed=7"]
+    for name, more in (("each", []), ("two", ["seeds=2"]), ("one", ["seeds=1"])):
+        assert script("sample", *arguments, *more, f"run_dir={name}").code == 0
+    images = {
+        name: [read(tmp_path / name / f"images/{i:06d}.png").tolist() for i in range(5)]
+        for name in ("each", "two", "one")
+    }
+    first, second = images["each"][:2]
+    assert images["two"] == [first, second, first, second, first]
+    assert images["one"] == [first] * 5 and len(set(map(str, images["each"]))) == 5
+    outcome = script("sample", *arguments, "seeds=3", "run_dir=two")
+    assert outcome.code == 2 and "seeds" in outcome.err

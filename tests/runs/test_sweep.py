@@ -631,3 +631,47 @@ def test_objectives_of_metrics():
             objective(of(name))
     with pytest.raises(UserError, match=r"sweep.objective=null: expected one of a, b"):
         objective({"a": {}, "b": {}})
+
+
+def test_a_rate_that_is_given_is_used(script):
+    outcome = script("sample", *TOY, "lml=off", "rate=0.5")
+    assert "to make: 6 images, 24 evaluations, about 48 s at 0.5 evaluations/s\n" in outcome.out
+    outcome = script("sample", *TOY, "rate=0")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1) and "rate=0" in outcome.err
+
+
+def test_too_little_disk_is_said_before_the_start(script, tmp_path, made, monkeypatch):
+    free = 11.9 * 4096  # twelve files take a block of 4096 bytes each
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (tmp_path / "outputs/study/there").mkdir(parents=True)
+    cells = [*TOY, "lml=off", "seed=0,100"]
+    outcome = script("sample", *cells)
+    line = r".*: 0.0 GB free, but 12 images need at least 0.0 GB; free some space, or make fewer images"
+    assert outcome.code == 2 and re.fullmatch(line, outcome.err.strip()) and not made
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=12 * 4096))
+    assert script("sample", *cells).code == 0 and len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sd15", (16, 16)), ("celebahq_ldm", (16, 16)), ("pixel", (8, 8))]
+)
+def test_the_size_of_images_is_known_before_the_network_is_loaded(
+    pipelines, tiny_model, name, size
+):
+    path = tiny_model if name == "pixel" else pipelines / name
+    options = [f"model={'cifar10_ddpm' if name == 'pixel' else name}", f"model.path={path}"]
+    config = OmegaConf.to_container(configs.compose(*options, config="sample").model)
+    assert find_model(config).image_size() == size
+    if name == "sd15":
+        assert find_model({**config, "height": 32, "width": 24}).image_size() == (32, 24)
+
+
+def test_cells_without_a_calibration_are_one_line_with_one_command(script, tmp_path):
+    axes = ["lml=calibrated", "solver=ddim,deis", "nfe=3,4", "name=study"]
+    outcome = script("sample", *[a for a in TOY if not a.startswith("nfe")], *axes)
+    assert outcome.code == 2
+    assert outcome.err.startswith(
+        "lml=calibrated: no calibration for the settings of 4 cells; make them: python "
+        "scripts/calibrate.py -m model=gaussian solver=ddim,deis grid=default nfe=3,4; skipped\n"
+    )

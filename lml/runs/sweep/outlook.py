@@ -58,23 +58,26 @@ class Outlook:
         return line
 
     def check_room(self) -> None:
-        """UserError if the disk has too little space for the images. PNGs halve an image at best.
+        """UserError if a disk has too little space for the images that go there.
 
-        Images whose size is not known before their network is loaded are not counted.
+        The PNG of a photograph takes more than half of its pixels' bytes. Images whose size is not
+        known before their network is loaded are not counted.
         """
-        needed, count = defaultdict(int), 0
+        needed, counts, places = defaultdict(int), defaultdict(int), {}
         for cell, images in zip(*self._to_make(), strict=True):
             if (size := cell.plan.model.image_size()) is None:
                 continue
-            folder = cell.plan.folder.path
-            disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            folder = cell.plan.folder.path.absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            disk = there.stat().st_dev
+            places.setdefault(disk, there)
             needed[disk] += images * max(BLOCK, 3 * math.prod(size) // 2)
-            count += images
-        for disk, size in needed.items():
-            if size > (free := shutil.disk_usage(disk).free):
+            counts[disk] += images
+        for disk, place in places.items():
+            if needed[disk] > (free := shutil.disk_usage(place).free):
                 raise UserError(
-                    f"{disk}: has {free / 1e9:.1f} GB free, and {count:,} images need at least "
-                    f"{size / 1e9:.1f} GB; free some space, or make less (num_images, nfe)"
+                    f"{place}: {free / 1e9:.1f} GB free, but {counts[disk]:,} images need at "
+                    f"least {needed[disk] / 1e9:.1f} GB; free some space, or make fewer images"
                 )
 
     def _to_make(self) -> tuple[list[Cell], list[int]]:
