@@ -90,7 +90,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # it looks each 10 ms whether it is to end, instead of each half second
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     model.url = f"http://127.0.0.1:{server.server_port}"
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
