@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import runpy
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from preloaded import Server
+from preloaded import ENVIRONMENT, Server
 
 from lml.pipelines import tiny as tiny_pipelines
 
@@ -151,14 +152,17 @@ def script(
 
 
 @pytest.fixture(scope="session")
-def _server() -> Iterator[Server]:
-    server = Server()
+def _server() -> Iterator[Callable[[], Server]]:
+    server = functools.cache(Server)  # for the first that needs it
     yield server
-    server.stop()
+    if server.cache_info().currsize:
+        server().stop()
 
 
 @pytest.fixture
-def fork(_server: Server, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+def fork(
+    _server: Callable[[], Server], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen]]:
     """`fork(path, *arguments, **environment)` starts a script in `tmp_path`, without its imports.
 
     See tests/preloaded.py.
@@ -166,7 +170,7 @@ def fork(_server: Server, tmp_path: Path) -> Iterator[Callable[..., subprocess.P
     started = []
 
     def start(path: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-        started.append(_server.start(path, *arguments, cwd=tmp_path, env=environment))
+        started.append(_server().start(path, *arguments, cwd=tmp_path, env=environment))
         return started[-1]
 
     yield start
@@ -225,7 +229,7 @@ def spawn(
         process = subprocess.Popen(
             [*python, str(path), *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **ENVIRONMENT},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

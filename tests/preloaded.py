@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PR_SET_CHILD_SUBREAPER = 36  # of Linux: this process becomes the parent of orphans below it
 
 
@@ -29,21 +30,21 @@ class Server:
     """The process that has imported everything. It ends with this one."""
 
     def __init__(self):
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **ENVIRONMENT},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # no terminal, or forks would buffer lines
             )
 
     def start(self, script: Path, *arguments: str, cwd: Path, env: dict[str, str]) -> Forked:
         """`python script arguments`, whose output is to be read from pipes."""
         return Forked(
-            self, [str(script), *arguments], cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+            self, [str(script), *arguments], cwd=cwd, env={**os.environ, **ENVIRONMENT, **env},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -88,6 +89,9 @@ def wait_for_requests(server: socket.socket) -> list[str]:
             os._exit(0)  # so that the tests adopt its child
         while os.getppid() == parent:
             os.sched_yield()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        server.send(str(os.getpid()).encode())
+        server.close()
         arguments, folder, environment = json.loads(message)
         for number, stream in enumerate(streams, 1):
             os.dup2(stream, number)
@@ -97,9 +101,6 @@ def wait_for_requests(server: socket.socket) -> list[str]:
         os.environ.update(environment)
         paths = [path for path in environment.get("PYTHONPATH", "").split(":") if path]
         sys.path[:1] = [str(Path(arguments[0]).parent), *paths]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        server.send(str(os.getpid()).encode())
-        server.close()
         return arguments
 
 
