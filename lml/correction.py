@@ -11,7 +11,7 @@ direction g that a diffusion solver is about to take. Per sample, with anchors U
 d is also the residual of the ridge regression of g on the anchors. So the correction takes out of
 g what the earlier directions explain already, the less of it the larger the damping.
 
-`formula` is this as it is written; `lml.numerics` is the same in arithmetic that holds, and what
+`formula` is this as it is written; `lml.numerics` is the same in stable arithmetic, and what
 schedulers use; `lml.damping` says how much damping.
 """
 

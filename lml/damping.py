@@ -13,7 +13,7 @@ Solvers of higher order extrapolate on their own. For them it is the product of 
     GRIDS[...]          16 if the grid is even in log-SNR
 
 The factors were chosen by their worst case: on two networks, the ideal denoiser, a mixture and a
-Gaussian, with 5 to 20 steps and ranks 1 to 3, the default raises the error to the fine solution by
+Gaussian, with 5 to 20 steps and ranks 1 and 2, the default raises the error to the fine solution by
 4 % at most (experiments/README.md). `lml.calibration` finds what one model can gain.
 """
 

@@ -1,4 +1,4 @@
-"""The formula of `lml.correction` in arithmetic that holds, for any finite input.
+"""The formula of `lml.correction` in stable arithmetic, for any finite input.
 
 It takes the inner products of g and its anchors, solves the r x r system for y in float64, by
 Cholesky's factors, and adds up d = g - U y. For most samples float32 is enough for the tensors. But

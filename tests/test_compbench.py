@@ -214,22 +214,22 @@ DAMAGED = {
     "": "cannot be read",
     '[{"question_id": 0, "ans': "cannot be read",
     1000 * "[": "cannot be read",
-    "{}": "not a list of question_id and answer",
-    "7": "not a list of question_id and answer",
+    "{}": "expected a list of question_id and answer",
+    "7": "expected a list of question_id and answer",
     "[7]": "[0]=7: expected a group of keys",
     '[{"answer": "0.5"}]': "[0].question_id: missing; expected a whole number",
     json.dumps(answers(answer=None)): "[3].answer=null: expected a number or text",
     json.dumps(answers(answer=True)): "[3].answer=True: expected a number or text",
-    json.dumps(answers(answer="yes")): "answer 'yes' of question_id 3: no number",
-    json.dumps(answers(answer="nan")): "answer 'nan' of question_id 3: no number",
-    json.dumps(answers(answer=float("inf"))): "answer inf of question_id 3: no number",
-    json.dumps(answers(answer=10**400)): "of question_id 3: no number",
-    json.dumps([{**each, "answer": 1e308} for each in answers()]): "no number in [-1, 1]",
-    json.dumps(answers(answer=-1.01)): "answer -1.01 of question_id 3: no number in [-1, 1]",
+    json.dumps(answers(answer="yes")): "answer 'yes' of question_id 3: expected a number in",
+    json.dumps(answers(answer="nan")): "answer 'nan' of question_id 3: expected a number in",
+    json.dumps(answers(answer=float("inf"))): "answer inf of question_id 3: expected a number in",
+    json.dumps(answers(answer=10**400)): "of question_id 3: expected a number in",
+    json.dumps([{**each, "answer": 1e308} for each in answers()]): "expected a number in [-1, 1]",
+    json.dumps(answers(answer=-1.01)): "answer -1.01 of question_id 3: expected a number in [-1,",
     json.dumps(answers(question_id=-1)): "[3].question_id=-1: expected a whole number",
     json.dumps(answers(question_id="3")): "[3].question_id=3: expected a whole number",
-    json.dumps(answers(question_id=12)): "of other images: has question_id 12; expected 0 to 3",
-    json.dumps(answers(question_id=2)): "of other images: has a question_id twice; expected 0 to 3",
+    json.dumps(answers(question_id=12)): "has question_id 12; expected 0 to 3",
+    json.dumps(answers(question_id=2)): "has a question_id twice; expected 0 to 3",
     json.dumps(answers(3)): "scores of 3 images, but outputs/study/",
     json.dumps(answers(5)): "scores of 5 images, but outputs/study/",
     "[]": "scores of 0 images, but outputs/study/",
@@ -274,14 +274,14 @@ def test_an_export_that_is_not_of_the_run(script, study, tmp_path):
         mark.write_text(content)
         refused(script, tmp_path, f"{COLOR}/run.json: {pattern}", "; export the run again")
     mark.unlink()
-    refused(script, tmp_path, "evaluations: no color of outputs/study/")
+    refused(script, tmp_path, "evaluations: color of outputs/study/", "is missing; export the run")
     mark.write_text(whole)
     edit(mark, category="shape")
-    refused(script, tmp_path, f"{COLOR}: shape is no category of outputs/study/")
+    refused(script, tmp_path, f"{COLOR}: outputs/study/", "has no category shape; move this folder")
     edit(mark, category="spatial")
-    refused(script, tmp_path, "of the same run and category as sd15/color/ddim-2; move one")
+    refused(script, tmp_path, "has the same run and category as sd15/color/ddim-2; move one")
     edit(mark, category="color", images_sha256="0" * 64)
-    refused(script, tmp_path, f"{COLOR}: other images than those of outputs/study/")
+    refused(script, tmp_path, f"{COLOR}: its images are not those of outputs/study/")
     mark.write_text(whole)
     assert script("tabulate", "name=study").code == 0
 
@@ -307,4 +307,4 @@ def test_a_run_that_was_made_anew_has_no_scores_of_the_old_one(script, study, tm
     manifest = read_json(run / "manifest.json")
     manifest["images"]["000002.png"] = "0" * 64
     (run / "manifest.json").write_text(json.dumps(manifest))
-    refused(script, tmp_path, f"{COLOR}: other images than those of outputs/study/{run.name}")
+    refused(script, tmp_path, f"{COLOR}: its images are not those of outputs/study/{run.name}")

@@ -260,7 +260,7 @@ def test_an_experiment_begins_with_its_command_and_says_only_what_differs(file):
     assert lines[0] == "# @package _global_"
     assert re.match(f"# python scripts/sample.py (-m )?experiment={file.stem}", lines[1])
     base = OmegaConf.create(composed())
-    for key, value in OmegaConf.load(file).items():
+    for key, value in OmegaConf.to_container(OmegaConf.load(file)).items():
         if key not in ("defaults", "metrics", "hydra"):
             assert OmegaConf.select(base, key) != value, f"{key} is the default"
 

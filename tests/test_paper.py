@@ -67,7 +67,7 @@ def test_a_number_stands_beside_ours_with_its_source(tmp_path):
         ("fid,cifar10,authors_ddim,0,1,x", "line 2: nfe=0: expected a number of evaluations"),
         ("fid,cifar10,authors_ddim,5,low,x", "line 2: value=low: expected a number, or nothing"),
         ("fid,cifar10,authors_ddim,5,nan,x", "line 2: value=nan: expected a number, or nothing"),
-        ("fid,cifar10,authors_ddim,5,1,", "line 2: a value without a source; say where"),
+        ("fid,cifar10,authors_ddim,5,1,", "line 2: the value has no source; say where"),
         ("fid,cifar10,authors_ddim,5,1", "line 2: 5 cells; expected 6"),
         ('fid,cifar10,"authors_ddim,5,1,x', "not a CSV file"),
     ],
@@ -80,7 +80,7 @@ def test_a_row_that_is_none_is_one_line(tmp_path, line, why):
 
 def test_a_cell_twice_and_other_columns_are_refused(tmp_path):
     cell = "fid,cifar10,authors_ddim,5,1,x"
-    with pytest.raises(UserError, match="line 3: this cell is in an earlier line, too"):
+    with pytest.raises(UserError, match="line 3: an earlier line has the same cell"):
         read_paper(written(tmp_path, cell, cell))
     (tmp_path / "paper.csv").write_text("model,value\n")
     with pytest.raises(UserError, match="expected the columns metric, model, solver, nfe"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 from pathlib import Path
@@ -145,20 +144,3 @@ def test_the_changes_with_more_images_are_those_of_its_results():
         rows = [known[(*SOLVERS[solver], "default")] for known in (counts, first)]
         theirs = [number_and_change(row[nfe])[1] for row in rows for nfe in ("5", "10")]
         assert cells == theirs
-
-
-def test_the_best_of_the_search_are_those_of_its_results():
-    """The lowest with LML off and on, by both metrics, among runs on seeds that no search saw."""
-    folder = ROOT / "experiments/search_cifar10"
-    with (folder / "results.csv").open() as file:
-        final = [row for row in csv.DictReader(file) if row["num_images"] == "1000"]
-    (table,) = tables(folder / "README.md")
-    for nfe, seed, *cells in table[2:]:
-        for metric, (*best, change) in (("fd_cifar", cells[:3]), ("fd_cifar_matched", cells[3:])):
-            mine = [r for r in final if (r["metric"], r["nfe"], r["seed"]) == (metric, nfe, seed)]
-            lowest = [
-                min(float(row["value"]) for row in mine if ('"rank":0' in row["lml"]) == is_off)
-                for is_off in (True, False)
-            ]
-            assert [cell.split()[0] for cell in best] == [f"{v:.2f}" for v in lowest]
-            assert change == f"{100 * (lowest[1] / lowest[0] - 1):+.1f} %"

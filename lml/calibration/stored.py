@@ -23,7 +23,7 @@ CHOSEN_BY_IT = (
 
 
 class NoCalibrationError(UserError):
-    """There is no calibration for the settings of the runs `cfgs`. Says how to make them."""
+    """There is no calibration for the runs `cfgs`. The message says how to make them."""
 
     def __init__(self, cfgs: Sequence[Mapping[str, Any]]):
         self.cfgs = cfgs
@@ -56,7 +56,7 @@ class NoCalibrationError(UserError):
 
 
 def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:
-    """The settings of a run that a calibration belongs to. `model` are the model's settings."""
+    """The settings of a run that identify its calibration. `model` are the model's settings."""
     return {
         "model": dict(model),
         "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
@@ -82,7 +82,7 @@ def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def read(path: Path, key: str) -> dict[str, Any]:
-    """A calibration's file. UserError, naming `key`, if it is damaged or was edited."""
+    """The values of a calibration. UserError, naming `key`, if its file is damaged or edited."""
     path = path / FILE if path.is_dir() else path
     try:
         values = read_object(path, CalibrationFile)
@@ -113,10 +113,10 @@ def find_calibration(settings: Mapping[str, Any]) -> Path | None:
 
 
 def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """`cfg` with the options of its calibration in `lml`; without lml=calibrated, `cfg` itself.
+    """`cfg` with the options of its calibration in `lml`; without lml=calibrated, a copy of `cfg`.
 
     `model` are the model's settings. UserError if there is no calibration for these settings, or
-    if the file that `lml.calibration` names is for others.
+    if the file `lml.calibration` is for other settings.
     """
     lml = cfg["lml"]
     if "calibration" not in lml:

@@ -31,7 +31,7 @@ from lml.pipelines import loading
 
 GROUP = "model.control_map"
 INSTALL = "`pip install -e '.[control]'`"
-# What each kind of map needs of the extra `control`: the name to install, the name to import.
+# The package of the extra `control` that each kind of map needs: its names to install and import.
 PACKAGES = {
     "canny": ("opencv-python-headless", "cv2"),
     "pose": ("controlnet_aux", "controlnet_aux"),
@@ -39,7 +39,7 @@ PACKAGES = {
 THRESHOLDS = (100, 200)  # of Canny's edges
 PROCESSOR = "preprocessor_config.json"
 POSE = "body_pose_model.pth"
-# A DPT's first fusion layer is given no residual, so its checkpoints lack the layer for one.
+# A DPT's first fusion layer gets no residual, so its checkpoints have no residual layer there.
 UNUSED = r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
 
 
@@ -47,8 +47,8 @@ UNUSED = r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
 class Control:
     """The image that a ControlNet follows, or the photograph that its map is made from.
 
-    `settings` identify it, whatever its path is. `make` turns the photograph, cut to the images'
-    size, into the map of that size; None: the image is the map.
+    `settings` identify it independently of its path. `make` turns the photograph, cropped to the
+    images' size, into the map of that size. None: the image is the map.
     """
 
     key: str
@@ -59,8 +59,8 @@ class Control:
     def at(self, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """The map and the photograph (None without one), uint8 (3, H, W) of `size` (H, W).
 
-        The centre of the photograph is used, as large as fits. UserError if the given image is of
-        another size, or if no map can be made.
+        The photograph is its largest centre crop. UserError if a given map has another size, or if
+        no map can be made.
         """
         pixels, (height, width) = read_pixels(self.path, self.key), size
         if self.make is None:
@@ -86,17 +86,20 @@ class Control:
 def find_control(config: Mapping[str, Any]) -> Control:
     """What the ControlNet of the model `config` follows. Its networks are found, not loaded.
 
-    UserError unless there is exactly one of `control_image` and `control_photo`, and for a
-    photograph a `control_map` whose package and network are there.
+    UserError unless exactly one of `control_image` and `control_photo` is given. For a photograph,
+    also UserError if the package or the network of `control_map` is missing.
     """
     image, photo = config.get("control_image"), config.get("control_photo")
     if image is not None and photo is not None:
         raise UserError(
-            f"model.control_photo={photo}: model.control_image is given, too; give one of them"
+            f"model.control_photo={photo}: model.control_image is also given; give one of them"
         )
     if photo is None:
         if config.get("strength") is not None:
-            raise UserError("model.control_photo=null: expected the photograph to begin with")
+            raise UserError(
+                "model.control_photo=null: expected the photograph that the steps begin with "
+                "(model.strength)"
+            )
         if image is None:
             raise UserError(
                 "model.control_image=null: expected the image that the ControlNet follows, or "
@@ -106,7 +109,7 @@ def find_control(config: Mapping[str, Any]) -> Control:
     key = "model.control_photo"
     kind = (config.get("control_map") or {}).get("kind")
     if kind is None:
-        raise UserError(f"{GROUP}.kind=null: expected what to make of {key}: canny, depth or pose")
+        raise UserError(f"{GROUP}.kind=null: expected the map of {key}: canny, depth or pose")
     settings = {"control_photo": image_hash(photo, key)}
     if kind in PACKAGES and importlib.util.find_spec(PACKAGES[kind][1]) is None:
         raise UserError(f"{key}={photo}: needs {PACKAGES[kind][0]}: {INSTALL}")
@@ -115,12 +118,12 @@ def find_control(config: Mapping[str, Any]) -> Control:
 
 
 def image_hash(path: str, key: str = "model.control_image") -> str:
-    """sha256 of the pixels of an image file. UserError, naming `key`, if it is none."""
+    """sha256 of the pixels of an image file. UserError, naming `key`, if it is not an image."""
     return hashlib.sha256(read_pixels(path, key).numpy().tobytes()).hexdigest()
 
 
 def read_pixels(path: str, key: str) -> Tensor:
-    """An image file, uint8 (3, H, W), upright. UserError, naming `key`, if it is none."""
+    """An image file, uint8 (3, H, W), upright. UserError, naming `key`, if it is not an image."""
     file = locate(path)
     if not file.is_file():
         raise UserError(f"{key}={path}: no such file")
@@ -132,7 +135,7 @@ def read_pixels(path: str, key: str) -> Tensor:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The same map in every process of a run: sums depend on the number of threads."""
+    """Use one thread, for the same map in every process: sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -141,7 +144,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# Each of these returns what makes the map, and the settings that identify its network.
+# The functions below return the function that makes the map, and the settings that identify it.
 Found = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 
 
@@ -174,7 +177,7 @@ def _find_depth(config: Mapping[str, Any]) -> Found:
 def _draw_depth(weights: loading.Weights, key: str, photo: Image.Image) -> Image.Image:
     import transformers
 
-    # no code of the model is run: `read_network` and the next call don't trust any
+    # neither `read_network` nor the next call runs code of the model
     cls = transformers.AutoModelForDepthEstimation
     network = loading.read_network(cls, weights, torch.float32, key, unused=UNUSED)
     processor = transformers.AutoImageProcessor.from_pretrained(
@@ -199,12 +202,12 @@ def _find_pose(config: Mapping[str, Any]) -> Found:
 
 def _draw_pose(file: Path, key: str, photo: Image.Image) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports all its detectors, and some are deprecated
+        warnings.simplefilter("ignore")  # the import loads all detectors; some are deprecated
         from controlnet_aux.open_pose import Body, OpenposeDetector
     try:
-        body = Body(str(file))  # torch reads it as tensors alone
-    except Exception as error:  # pickle's, torch's and missing names
+        body = Body(str(file))  # torch reads only tensors from it
+    except Exception as error:  # of pickle or torch, or missing names
         reason = loading.one_line(error)
         raise UserError(f"{key}: {POSE} cannot be read ({reason})") from None
-    # it looks at, and draws, at least 512 pixels
+    # it resizes to at least 512 pixels, and draws in that size
     return OpenposeDetector(body)(photo).resize(photo.size, Image.Resampling.BICUBIC)

@@ -1,8 +1,8 @@
 """The scores that T2I-CompBench's own evaluators gave to runs (arXiv 2307.06350).
 
-`layout=t2i_compbench` (lml/export.py) lays a run's images out for them, and leaves beside the
-images of each category a file that says whose they are. Each evaluator adds a JSON of its scores.
-What is in the folder is read as data: it may come from somebody else.
+`layout=t2i_compbench` (lml/export.py) exports a run's images for them. Beside the images of each
+category it writes a file that identifies the run. Each evaluator adds a JSON of its scores.
+The folder may come from somebody else, so its files are checked.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lml.seals import settings_hash
 
 METRIC = "t2i_compbench"  # in tables; its parts are the categories
 EXPORT = "run.json"  # beside the folder of samples
-IMAGES = 3000  # of a category: 300 prompts, 10 images each
+IMAGES = 3000  # in a category: 300 prompts, 10 images each
 LARGEST = 1 + 1e-6  # a cosine or a share, up to rounding
 
 
-# Of images by name: the record of the prompt, and the sha256.
+# By the name of an image: the record of its prompt, and its sha256.
 Images = dict[str, tuple[dict[str, Any], str]]
 
 
@@ -62,8 +62,8 @@ def is_score(metric: str) -> bool:
 def by_category(run: Path, prompts: PromptSet, hashes: Any) -> dict[str, Images]:
     """The images of each category of the run in the folder `run`, in their order.
 
-    `hashes` are the images of the run's manifest. UserError unless there is one for each prompt,
-    and for names that lead out of their folder.
+    `hashes` is `images` of the run's manifest. UserError unless it has one image for each prompt,
+    or if a name leads out of its folder.
     """
     label = f"run_dir={run}"
     if not isinstance(hashes, dict) or len(hashes) != len(prompts):
@@ -85,7 +85,7 @@ def _hash(images: Images) -> str:
 
 
 def mark(folder: Path, category: str, images: Images, settings_sha256: str) -> None:
-    """Write into `folder`, which holds the samples of a category, whose images they are."""
+    """Write a file into `folder`, the folder of a category, that identifies run and images."""
     values = {"category": category, "settings_sha256": settings_sha256}
     write_json(folder / EXPORT, {**values, "images_sha256": _hash(images)}, "out")
 
@@ -93,7 +93,7 @@ def mark(folder: Path, category: str, images: Images, settings_sha256: str) -> N
 class Evaluations:
     """The scores in a folder that `layout=t2i_compbench` made.
 
-    UserError, in one line, if it has no such folder, or one that cannot be used.
+    UserError if the folder does not exist or cannot be used.
     """
 
     def __init__(self, folder: Path):
@@ -108,7 +108,7 @@ class Evaluations:
             if export["category"] in categories:
                 other = categories[export["category"]][0].relative_to(folder)
                 raise UserError(
-                    f"{self._label(file.parent)}: of the same run and category as {other}; "
+                    f"{self._label(file.parent)}: has the same run and category as {other}; "
                     "move one of them away"
                 )
             categories[export["category"]] = file.parent, export["images_sha256"]
@@ -116,11 +116,11 @@ class Evaluations:
     def scores(
         self, run: Path, manifest: Mapping[str, Any], say: Callable[[str], None]
     ) -> dict[str, list[float]]:
-        """The scores of the images of each category that was evaluated, in their order.
+        """For each evaluated category: the scores of its images, in their order.
 
         {} for a run that was not exported to the folder. `say` is called with a line about the
-        categories that were not evaluated. UserError if the scores are not those of the very
-        images of the run.
+        categories that were not evaluated. UserError unless the scores belong to exactly the run's
+        images.
         """
         exports = self._exports.get(manifest["settings_sha256"])
         if not exports:
@@ -128,11 +128,13 @@ class Evaluations:
         images = by_category(run, read(run / FILE), manifest["images"])
         for category in [*exports, *images]:
             if category not in exports:
-                raise UserError(f"{self._label()}: no {category} of {run}; export the run again")
+                raise UserError(
+                    f"{self._label()}: {category} of {run} is missing; export the run again"
+                )
             if category not in images:
                 raise UserError(
-                    f"{self._label(exports[category][0])}: {category} is no category of {run}; "
-                    "move it away"
+                    f"{self._label(exports[category][0])}: {run} has no category {category}; "
+                    "move this folder away"
                 )
         scores = {}
         for category, evaluator in EVALUATORS.items():
@@ -141,8 +143,8 @@ class Evaluations:
             folder, images_sha256 = exports[category]
             if images_sha256 != _hash(images[category]):
                 raise UserError(
-                    f"{self._label(folder)}: other images than those of {run}; export it again to "
-                    "another place, and evaluate that"
+                    f"{self._label(folder)}: its images are not those of {run}; export the run to "
+                    "another folder, and evaluate it there"
                 )
             file = folder / evaluator.file
             if os.path.lexists(file):
@@ -172,7 +174,7 @@ class Evaluations:
                 f"{label}: cannot be read ({first_line(reason)}); evaluate again"
             ) from None
         if not isinstance(found, list):
-            raise UserError(f"{label}: not a list of question_id and answer; evaluate again")
+            raise UserError(f"{label}: expected a list of question_id and answer; evaluate again")
         check(found, list[CompBenchScore], label)
         if len(found) != count:
             raise UserError(
@@ -183,9 +185,7 @@ class Evaluations:
         if sorted(scores) != list(range(count)):
             wrong = sorted(scores.keys() - range(count))
             what = f"has question_id {wrong[0]}" if wrong else "has a question_id twice"
-            raise UserError(
-                f"{label}: of other images: {what}; expected 0 to {count - 1}, each once"
-            )
+            raise UserError(f"{label}: {what}; expected 0 to {count - 1}, each once")
         return [scores[number] for number in range(count)]
 
     def _numbers(self, found: list[dict[str, Any]], label: str) -> Iterator[tuple[int, float]]:
@@ -197,13 +197,14 @@ class Evaluations:
                 score = math.nan
             if not abs(score) <= LARGEST:
                 raise UserError(
-                    f"{label}: answer {answer!a:.40} of question_id {number}: no number in [-1, 1]"
+                    f"{label}: answer {answer!a:.40} of question_id {number}: expected a number "
+                    "in [-1, 1]"
                 )
             yield number, score
 
 
 def as_metrics(scores: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """The mean over images of each evaluated category, as metrics.json of a run has a metric."""
+    """The mean over images for each evaluated category, in the format of metrics.json."""
     by = defaultdict(list)
     for category, evaluator in EVALUATORS.items():
         by[evaluator.name].append(category)

@@ -20,7 +20,7 @@ COLUMNS = ("metric", "model", "solver", "nfe", "value", "source")
 
 @dataclass(frozen=True)
 class Published:
-    """A published number: the table's cell that it belongs to, and where it was printed."""
+    """A published number: its cell in the table, and where it was printed."""
 
     metric: str
     model: str
@@ -31,10 +31,10 @@ class Published:
 
 
 def read_paper(path: Path) -> list[Published]:
-    """The numbers in `path`, a CSV with `COLUMNS`; [] without the file. Rows may lack a value.
+    """The numbers in `path`, a CSV with `COLUMNS`; [] without the file. Rows may have no value.
 
     UserError, with the line, for a metric, model or solver that does not exist, a solver that is
-    none of the authors', and a value without a source.
+    not the authors', and a value without a source.
     """
     try:
         rows = list(csv.reader(io.StringIO(read_text(path)), strict=True))
@@ -51,7 +51,7 @@ def read_paper(path: Path) -> list[Published]:
         entry = _parse(row, f"{path}: line {number}")
         key = (entry.metric, entry.model, entry.solver, entry.nfe)
         if key in found:
-            raise UserError(f"{path}: line {number}: this cell is in an earlier line, too")
+            raise UserError(f"{path}: line {number}: an earlier line has the same cell")
         found[key] = entry
     return [entry for entry in found.values() if not math.isnan(entry.value)]
 
@@ -74,5 +74,5 @@ def _parse(row: Sequence[str], where: str) -> Published:
     if math.isinf(number) or (value and math.isnan(number)):
         raise UserError(f"{where}: value={value}: expected a number, or nothing")
     if value and not source:
-        raise UserError(f"{where}: a value without a source; say where it is printed")
+        raise UserError(f"{where}: the value has no source; say where it is printed")
     return Published(metric, model, solver, int(nfe), number, source)

@@ -9,7 +9,7 @@ the type of the tensors at hand (for flow matching always in float32),
 
 At kappa = 0, the published value, d is g lambda / (lambda + |g|^2), which is parallel to g. It is
 the difference of two nearly equal numbers: in float32, mostly rounding noise. `lml.correction` is
-the same method in arithmetic that holds. The order of operations is theirs, too: u (u.g) before
+the same method in stable arithmetic. The order of operations is theirs, too: u (u.g) before
 the quotient. With the quotient first, d is often exactly zero, and g' is NaN.
 """
 

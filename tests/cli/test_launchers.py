@@ -155,7 +155,7 @@ def test_a_sweep_makes_the_images_of_this_process(script, toy, tmp_path, launche
     assert "lml.rank=2: lml.rank=2: must be 0 or 1 with anchor=ema" in refused
     assert (
         "cifar10-dpmsolverpp: 3 cells, 1 refused; to make: 20 images, 80 evaluations, "
-        "time not known yet (rate= says how many evaluations/s there are)\n"
+        "time not known yet (give rate=, in evaluations/s)\n"
     ) in process.stdout
     made = {path.parent.name: path for path in here.glob("outputs/cifar10-*/*/images")}
     assert len(made) == 2 and made.keys() == runs.keys()

@@ -359,9 +359,9 @@ BAD = {
     "model.control_photo=prompts.txt": "model.control_photo=prompts.txt: not a readable image",
     "model.control_photo=null": "model.control_image=null: expected the image that the ControlNet",
     "model.control_photo=null model.strength=0.5": "model.control_photo=null: expected the photogr",
-    "model.control_image=photo.png": "model.control_photo=PHOTO: model.control_image is given, too",
+    "model.control_image=photo.png": "model.control_photo=PHOTO: model.control_image is also given",
     "model.controlnet=null": "model.control_photo=PHOTO: sd15_depth has no ControlNet; use model=",
-    "model.control_map=null": "model.control_map.kind=null: expected what to make of model.contr",
+    "model.control_map=null": "model.control_map.kind=null: expected the map of model.control_ph",
     "model.control_map.kind=edges": "model.control_map: expected null or a group|"
     "model.control_map.kind=edges: expected one of canny, depth, pose",
     "model.control_map.path=nowhere": "model.control_map.path=nowhere: no such folder; expected a",

@@ -136,7 +136,7 @@ def test_in_float64_their_correction_is_its_base_solver(tmp_path, preset, base):
     [("dpm_lm", "dpm", (0.5, 0.05, 5e-3)), ("ddim_lm", "ddim", (0.02, 0.02, 0.02))],
 )
 def test_in_float32_only_their_arithmetic_is_rounding_noise(tmp_path, preset, base, least):
-    """The published formula, in arithmetic that holds, is the base solver there, too."""
+    """The published formula, in stable arithmetic, is the base solver there, too."""
     own = FILES["cifar10_ddpm"]
     made, plain = (ours(name, "cifar10_ddpm", own, tmp_path) for name in (preset, base))
     published = ours(base, "cifar10_ddpm", own, tmp_path, "lml=published")

@@ -54,14 +54,14 @@ class Outlook:
         else:
             line += f"to score: {len(todo)}" if todo else "nothing to make"
         if self.final_images:
-            line += f"; then, of the best and of lml=off, {self.final_images:,} images each"
+            line += f"; then {self.final_images:,} images each with the best and with lml=off"
         return line
 
     def check_room(self) -> None:
         """UserError if a disk has too little space for the images that go there.
 
-        The PNG of a photograph takes more than half of its pixels' bytes. Images whose size is not
-        known before their network is loaded are not counted.
+        A PNG is assumed to take half of the pixels' bytes. Images are not counted if their size is
+        not known before the network is loaded.
         """
         needed, counts, places = defaultdict(int), defaultdict(int), {}
         for cell, images in zip(*self._to_make(), strict=True):
@@ -81,7 +81,7 @@ class Outlook:
                 )
 
     def _to_make(self) -> tuple[list[Cell], list[int]]:
-        """The cells that are not finished, and the number of images that each lacks."""
+        """The cells that are not finished, and the number of missing images of each."""
         if self.trials:  # later cells differ from these, but have the same number of images
             todo = [cell for cell in self.cells if cell.plan is not None][:1] * self.trials
             return todo, [cell.config["num_images"] for cell in todo]
@@ -100,7 +100,7 @@ class Outlook:
     def _duration(self, cells: Sequence[Cell], work: Sequence[int]) -> str:
         seconds = sum(work) / self.rate if self.rate else self._seconds(cells, work)
         if seconds is None:
-            return "time not known yet (rate= says how many evaluations/s there are)"
+            return "time not known yet (give rate=, in evaluations/s)"
         each, rate = "" if self.local else " in one process", sum(work) / seconds
         rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         return f"about {_in_words(seconds)}{each} at {rate} evaluations/s"
@@ -145,7 +145,7 @@ def _recall(cell: Cell, local: bool) -> float | None:
 
 
 def _measure(cell: Cell) -> float | None:
-    """Evaluations per second of one batch, made now; None if it fails, as the cell will, too."""
+    """Evaluations per second of one batch, made now; None if it fails (the cell will fail, too)."""
     device = use_device(cell.config["device"], cell.config["threads"])
     try:
         return Worker(cell.plan, device).measure() * rank_and_world()[1]
@@ -160,7 +160,7 @@ def _kind(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The conditions on this machine that it depends on, with the keys of timing.json."""
+    """The conditions on this machine that the time depends on, with the keys of timing.json."""
     return {
         "device": str(find_device(config["device"])),
         "threads": config["threads"] or torch.get_num_threads(),
