@@ -166,7 +166,7 @@ class Solver:
 
     name: Text
     scheduler: Made
-    title: Text | None = None  # what people call it, for figures; older runs have none
+    title: Text | None = None  # what people call it, with {options} of its scheduler
     step: dict[str, Any] | None = None
     published_target: Text | None = None
     published_damping: Positive | None = None  # whatever the model

@@ -170,8 +170,19 @@ def fork(
     started = []
 
     def start(path: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-        started.append(_server().start(path, *arguments, cwd=tmp_path, env=environment))
-        return started[-1]
+        if sys.platform == "linux":
+            process = _server().start(path, *arguments, cwd=tmp_path, env=environment)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, str(path), *arguments],
+                cwd=tmp_path,
+                env={**os.environ, **ENVIRONMENT, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        started.append(process)
+        return process
 
     yield start
     end(started)

@@ -972,7 +972,7 @@ def test_the_name_of_a_solver_has_its_order():
     assert labels.solver_name("authors_dpm_lm") == "DPM-Solver-3, released LML"
     assert labels.solver_name("ddim, solver_order=2") == "DDIM, solver order 2"
     # results of a solver whose config is gone
-    assert labels.solver_name("of_a_plugin") == "of_a_plugin"
+    assert labels.solver_name("of_a_{plugin}") == "of_a_{plugin}"
 
 
 def test_every_metric_has_a_name_that_people_write():

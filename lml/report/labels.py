@@ -199,14 +199,15 @@ def grid_name(grid: str) -> str:
 def solver_name(label: str) -> str:
     """ "DPM-Solver++(2M)" for the `solver_label` "dpmsolverpp, solver_order=2"."""
     name, *changes = label.split(", ")
-    solver = OmegaConf.create(_option("solver", name))
-    title = OmegaConf.to_container(solver).get("title", name)
-    if "solver_order" in title:
-        for change in [c for c in changes if c.startswith("solver_order=")]:
-            solver.scheduler.solver_order = change.partition("=")[2]
+    option = _option("solver", name)
+    if "title" not in option:  # of somebody else's run
+        return ", ".join([name, *map(_words, changes)])
+    options = dict(option["scheduler"])
+    for change in [c for c in changes if c.startswith("solver_order=")]:
+        if "{solver_order}" in option["title"]:
+            options["solver_order"] = change.partition("=")[2]
             changes.remove(change)
-        title = solver.title
-    return ", ".join([title, *map(_words, changes)])
+    return ", ".join([option["title"].format_map(options), *map(_words, changes)])
 
 
 def lml_name(label: str) -> str:
