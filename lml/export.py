@@ -111,11 +111,18 @@ class T2ICompBench:
                     raise UserError(
                         f"{file}: not of this run, but it would be scored; move it away"
                     )
-        for target, (image, sha256) in tqdm(targets.items(), unit="image", disable=None):
-            _place(run_dir / "images" / image, target, sha256)
-        for category, images in categories.items():
+        images = run_dir / "images"
+        todo = {
+            target: images / image
+            for target, (image, sha256) in tqdm(targets.items(), unit="image", disable=None)
+            if not _is_placed(images / image, target, sha256)
+        }
+        # before the images, as it takes space on the disk, which links do not
+        for category, laid in categories.items():
             folder = out / model / category / sampler
-            compbench.mark(folder, category, images, settings_hash(config["settings"]))
+            compbench.mark(folder, category, laid, settings_hash(config["settings"]))
+        for target, image in todo.items():
+            _place(image, target)
         line = f"{len(targets)} images in {out / model / '*' / sampler / 'samples'}"
         if changed:
             line += f"; {len(changed)} prompts changed, since file names can't hold '/' and '_', "
@@ -153,8 +160,8 @@ def _name_sampler(config: dict) -> str:
     return name + (label if fits else settings_hash(config["lml"])[:10])
 
 
-def _place(image: Path, target: Path, sha256: str) -> None:
-    """Link or copy a file, completely or not at all.
+def _is_placed(image: Path, target: Path, sha256: str) -> bool:
+    """Whether the image is at `target`.
 
     UserError if another file is there, or if the image is not the one that the run stored.
     """
@@ -164,10 +171,15 @@ def _place(image: Path, target: Path, sha256: str) -> None:
         whole = False
     if not whole:
         raise UserError(f"{image}: not the image of manifest.json; finish the run again")
-    if target.exists():
-        if not target.samefile(image) and file_hash(target) != sha256:
-            raise UserError(f"{target}: of another run; choose another out or layout.sampler")
-        return
+    if not target.exists():
+        return False
+    if not target.samefile(image) and file_hash(target) != sha256:
+        raise UserError(f"{target}: of another run; choose another out or layout.sampler")
+    return True
+
+
+def _place(image: Path, target: Path) -> None:
+    """Link or copy a file, completely or not at all."""
     try:
         os.link(image, target)
     except OSError as error:

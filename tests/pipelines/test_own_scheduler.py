@@ -30,8 +30,8 @@ composed = functools.cache(compose)  # the same few configs, hundreds of times
 
 # Those that share a noise schedule, beside flow matching's.
 SOLVERS = sorted(
-    {name for name in names("solver") if not name.startswith("authors_")}
-    - {"flow_euler", "ipndm_diffusers"}
+    {name for name in names("solver") if not name.startswith(("authors_", "flow_euler"))}
+    - {"ipndm_diffusers"}
 )
 CLASSES = [
     "DDIMScheduler",
