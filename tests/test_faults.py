@@ -73,7 +73,9 @@ class Disk:
 
 
 DISK = Disk()
-sys.addaudithook(lambda event, args: DISK.hear(event, args))  # there is no way to remove one
+sys.addaudithook(
+    lambda event, args: DISK and DISK.hear(event, args)
+)  # there is no way to remove one
 
 
 def full() -> OSError:

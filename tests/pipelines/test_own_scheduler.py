@@ -29,10 +29,12 @@ from lml.runs.solver import NOISE_SCHEDULE, make_scheduler
 composed = functools.cache(compose)  # the same few configs, hundreds of times
 
 # Those that share a noise schedule, beside flow matching's.
-SOLVERS = sorted(
-    {name for name in names("solver") if not name.startswith(("authors_", "flow_euler"))}
-    - {"ipndm_diffusers"}
-)
+SOLVERS = [
+    name
+    for name in names("solver")
+    if not name.startswith(("authors_", "flow_euler")) and not name.endswith("_calibrated")
+]
+SOLVERS.remove("ipndm_diffusers")
 CLASSES = [
     "DDIMScheduler",
     "DDPMScheduler",

@@ -214,7 +214,8 @@ def test_a_cell_that_was_changed_is_not_finished_and_is_made_again(
     outcome = script("sample", *FOUND)
     assert outcome.code == 0 and "2 cells, 1 finished" in outcome.out and len(made) == 1
     assert outcome.out.splitlines()[-1] == best and values(tmp_path, "rmse") == before
-    assert script("sample", *FOUND).out.splitlines()[0].endswith("2 images each with the best and with lml=off")
+    plan = script("sample", *FOUND).out.splitlines()[0]
+    assert plan.endswith("2 images each with the best and with lml=off")
 
 
 @pytest.mark.parametrize("harm", [edit_value, remove_seal])
