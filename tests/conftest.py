@@ -173,14 +173,7 @@ def fork(
         if sys.platform == "linux":
             process = _server().start(path, *arguments, cwd=tmp_path, env=environment)
         else:
-            process = subprocess.Popen(
-                [sys.executable, str(path), *arguments],
-                cwd=tmp_path,
-                env={**os.environ, **ENVIRONMENT, **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = begin([sys.executable, str(path), *arguments], tmp_path, environment)
         started.append(process)
         return process
 
@@ -237,19 +230,23 @@ def spawn(
         if processes > 1:
             python += ["-m", "torch.distributed.run", "--standalone"]
             python += [f"--nproc-per-node={processes}"]
-        process = subprocess.Popen(
-            [*python, str(path), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **ENVIRONMENT},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = begin([*python, str(path), *arguments], tmp_path, {})
         started.append(process)
         return process
 
     yield start
     end(started)
+
+
+def begin(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def end(processes: list[subprocess.Popen]) -> None:
