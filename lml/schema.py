@@ -320,6 +320,7 @@ class Compare:
     run_dirs: list[FilePath]
     out: FilePath
     show: list[Text] | Text | None
+    evaluations: FilePath | None
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -430,6 +432,31 @@ def test_a_calibration_of_something_else_is_refused(script, made, tmp_path):
     assert outcome.code == 2 and "edited" in outcome.err
     made.write_text(text[:50])
     assert script(*sample).code == 2
+
+
+COMMON = [*SMALL[2:4], "threads=1"]  # for any model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*SMALL, "nfe=6"],
+        [*SMALL, "model.network.std=0.5", "lml.norm_preserving=false"],
+        [*SMALL, "lml.freeze=0.25", "+solver.scheduler.thresholding=true"],
+        [*SMALL, "lml.objective=features"],
+        [*COMMON, "model=cifar10_ddpm", "model.path='a, b'", "nfe=3"],
+    ],
+)
+def test_the_message_says_the_command_that_makes_it(script, tiny_model, tmp_path, options):
+    shutil.copytree(tiny_model, tmp_path / "a, b")
+    sample = ["sample", *options, "lml=calibrated", "num_images=2", "metrics=none"]
+    outcome = script(*sample)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    _, command = outcome.err.split("make one: python scripts/")
+    name, *words = shlex.split(command)
+    assert name == "calibrate.py" and ("'a, b'" in str(options)) == ("model.path" in command)
+    assert script("calibrate", *words, *SEARCH).code == 0
+    assert script(*sample).code == 0
 
 
 def test_what_is_in_assets_is_found(script, tmp_path):

@@ -160,6 +160,23 @@ def test_another_folder_is_named_by_its_key(script, study, tmp_path):
     assert (outcome.code, outcome.err) == (0, "") and "t2i_compbench (" in outcome.out
 
 
+def test_runs_side_by_side_have_them_too(script, study, tmp_path):
+    runs = [str(file.parent) for file in study.parent.glob("*/manifest.json")]
+    page = tmp_path / "outputs/compare.html"
+    names = [labels.metric_name(f"{METRIC}/{category}") for category in CATEGORIES]
+    assert script("compare", *runs).code == 0
+    assert all(name in page.read_text() for name in names)
+    first = page.read_bytes()
+    study.rename(tmp_path / "elsewhere")
+    assert script("compare", *runs).code == 0
+    assert not any(name in page.read_text() for name in names)
+    assert script("compare", *runs, "evaluations=elsewhere").code == 0
+    assert page.read_bytes() == first
+    (tmp_path / "empty").mkdir()
+    outcome = script("compare", *runs, "evaluations=empty")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+
+
 def test_what_is_not_evaluated_yet_is_said(script, study, tmp_path):
     (study / COLOR / "annotation_blip/vqa_result.json").unlink()
     shutil.rmtree(study / "sd15/spatial/ddim-2/labels")

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lml.cli.quoting import hydra_quoted
+from lml.quoting import hydra_quoted
 
 FUZZ = {
     "derandomize": True,

@@ -14,11 +14,12 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lml import report
+from lml import configs, report
 from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.report import page, results, tables
+from lml.report.paper import Published
 from lml.runs.store import RunFolder
 from lml.seals import sealed, settings_hash
 
@@ -33,9 +34,7 @@ def make_run(tmp_path):
     def make(rank=0, nfe=5, seed=0, value=1.0, images=9, solver="ddim", name=None, side=8) -> Path:
         config = {
             "model": {"name": "cifar10"},
-            "solver": OmegaConf.to_container(
-                OmegaConf.load(ROOT / f"configs/solver/{solver}.yaml")
-            ),
+            "solver": OmegaConf.to_container(configs.option("solver", solver)),
             "grid": {"name": "default"},
             "lml": {**LML, "rank": rank},
             **{"nfe": nfe, "seed": seed, "num_images": images, "dtype": "float32"},
@@ -348,6 +347,25 @@ def test_both_sides_are_chosen(opened):
     assert opened.evaluate("document.getElementById('left').naturalWidth") == 64
 
 
+def test_the_papers_numbers_are_a_column(browser, make_run, tmp_path):
+    runs = [
+        make_run(solver=solver, nfe=nfe) for solver in ("authors_ddim", "ddim") for nfe in (5, 6)
+    ]
+    known = [result for run in runs for result in results.read_run(run, print)]
+    theirs = [Published("fd", "cifar10", "authors_ddim", 6, 12.5, "Table 9")]
+    for paper, heads in (([], 5), (theirs, 6)):
+        shown = [(tables.build("fd", known, paper=paper), known)]
+        (tmp_path / "page.html").write_text(page.render("study", known, shown, {}, [], []))
+        with browser.new_context() as context:
+            tab = context.new_page()
+            tab.goto((tmp_path / "page.html").as_uri())
+            assert tab.locator("#table th").count() == heads
+            rows = tab.locator("#table tbody tr").all()
+            texts = [row.locator("td").last.inner_text() for row in rows]
+            assert not paper or texts == ["– / 12.5", ""]
+            assert not paper or "Table 9" in tab.locator("#caption").inner_text()
+
+
 def test_a_table_sorts(opened):
     column = (
         "[...document.querySelectorAll('#table tbody tr')].map((tr) => "
@@ -364,5 +382,12 @@ def test_a_table_sorts(opened):
 @pytest.mark.parametrize("width", [400, 1600])
 def test_it_is_no_wider_than_the_window(opened, width):
     opened.set_viewport_size({"width": width, "height": 800})
-    opened.wait_for_function("chart.width === document.getElementById('chart').clientWidth")
+    # wait_for_function would evaluate text in the page, which the page forbids
+    opened.evaluate(
+        """new Promise((done) => {
+          const fits = () => chart.width === document.getElementById("chart").clientWidth;
+          const look = () => (fits() ? done() : requestAnimationFrame(look));
+          look();
+        })"""
+    )
     assert opened.evaluate("document.documentElement.scrollWidth") <= width

@@ -8,12 +8,13 @@ import io
 import pytest
 from omegaconf import OmegaConf
 from test_configs import composed
+from test_page import data_of
 from test_report import result
 
 from lml import configs
 from lml.data.assets import ROOT
 from lml.errors import UserError
-from lml.report import tables, text
+from lml.report import page, tables, text
 from lml.report.paper import COLUMNS, read_paper
 from lml.seals import canonical
 
@@ -53,6 +54,13 @@ def test_a_number_stands_beside_ours_with_its_source(tmp_path):
         ("authors_ddim", "5"): "12.5",
         **dict.fromkeys([("authors_ddim", "6"), ("ddim", "5"), ("ddim", "6")], ""),
     }
+    shown = page.render("study", made, [(table, made)], {}, [], [])
+    (metric,) = data_of(shown)["metrics"]
+    assert {row["solver"]: row["paper"] for row in metric["rows"]} == {
+        "DDIM, authors'": "12.5 / –",
+        "DDIM": "",
+    }
+    assert "are from: Table 9, page 99; elsewhere." in metric["caption"]
     assert read_paper(tmp_path / "none.csv") == []
 
 

@@ -10,9 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lml.cli.quoting import gathered
 from lml.configs import CONFIGS
 from lml.data.assets import ROOT
+from lml.quoting import gathered
 
 README = ROOT / "README.md"
 STUDY = ROOT / "experiments/calibrated_cifar10"

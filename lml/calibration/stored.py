@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from lml import configs
 from lml.correction import METHOD_VERSION
 from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import read_object
+from lml.quoting import hydra_value, shell_quoted
 from lml.schema import LML, CalibrationFile
-from lml.seals import differences, sealed, settings_hash, why_not_sealed
+from lml.seals import canonical, differences, sealed, settings_hash, why_not_sealed
 
 FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")
+GROUPS = ("model", "solver", "grid", "prompts")  # config groups of a run
 CHOSEN_BY_IT = (
     *("name", "calibration", "objective"),
     *("rank", "damping", "damping_scale", "length"),
@@ -30,29 +34,57 @@ class NoCalibrationError(UserError):
         which, what = "these settings", "one"
         if len(cfgs) > 1:
             which, what = f"the settings of {len(cfgs)} cells", "them"
-        super().__init__(
-            f"lml=calibrated: no calibration for {which}; make {what}: {self._command()}"
-        )
+        # a command has one model, one set of prompts and one value of each other option
+        groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for cfg in cfgs:
+            groups.setdefault(tuple(_options(cfg)), []).append(cfg)
+        commands = " && ".join(_command(*group) for group in groups.items())
+        super().__init__(f"lml=calibrated: no calibration for {which}; make {what}: {commands}")
 
-    def _command(self) -> str:
-        first = self.cfgs[0]
-        axes = {
-            "model": [cfg["model"]["name"] for cfg in self.cfgs],
-            "solver": [cfg["solver"]["name"] for cfg in self.cfgs],
-            "grid": [cfg["grid"].get("name", "default") for cfg in self.cfgs],
-            "nfe": [cfg["nfe"] for cfg in self.cfgs],
-        }
-        choices = {key: ",".join(map(str, dict.fromkeys(axis))) for key, axis in axes.items()}
-        if first["model"].get("path"):
-            choices["model.path"] = first["model"]["path"]
-        if prompts := first["prompts"]:
-            choices["model.guidance_scale"] = first["model"]["guidance_scale"]
-            choices["prompts"] = prompts["_target_"].rpartition(".")[2]
-            kept = {f"prompts.{key}": value for key, value in prompts.items()}
-            choices |= {key: kept[key] for key in ("prompts.file", "prompts.path") if key in kept}
-        swept = " -m" if any("," in str(choice) for choice in choices.values()) else ""
-        words = (shlex.quote(f"{key}={value}") for key, value in choices.items())
-        return " ".join([f"python scripts/calibrate.py{swept}", *words])
+
+def _choice(cfg: Mapping[str, Any], group: str) -> str:
+    """The option of a config group that a run has."""
+    if group == "prompts":
+        return cfg["prompts"]["_target_"].rpartition(".")[2] if cfg["prompts"] else "none"
+    return cfg[group].get("name", "default")
+
+
+def _options(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """What to type after scripts/calibrate.py for a run, beside its solver, grid and nfe."""
+    choices = [f"{group}={_choice(cfg, group)}" for group in GROUPS]
+    usual = configs.compose(*choices, f"nfe={cfg['nfe']}", config="calibrate")
+    usual = OmegaConf.to_container(usual, resolve=True)
+    yield choices[0]
+    if cfg["prompts"]:
+        yield f"prompts={_choice(cfg, 'prompts')}"
+    objective = cfg["lml"].get("objective", LML.objective)
+    if objective != usual["objective"]:
+        yield f"objective={objective}"
+    lml = {key: value for key, value in cfg["lml"].items() if key not in CHOSEN_BY_IT}
+    for group, values in {**{group: cfg[group] for group in GROUPS}, "lml": lml}.items():
+        yield from _changes(values, usual[group], group)
+
+
+def _changes(values: Mapping[str, Any], usual: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, Mapping):
+            yield from _changes(value, usual.get(key) or {}, name)
+        elif canonical({"": value}) != canonical({"": usual.get(key)}):
+            yield f"{'' if key in usual else '+'}{name}={hydra_value(value)}"
+
+
+def _command(options: Sequence[str], cfgs: Sequence[Mapping[str, Any]]) -> str:
+    axes = {
+        "solver": [_choice(cfg, "solver") for cfg in cfgs],
+        "grid": [_choice(cfg, "grid") for cfg in cfgs],
+        "nfe": [cfg["nfe"] for cfg in cfgs],
+    }
+    choices = {key: ",".join(map(str, dict.fromkeys(axis))) for key, axis in axes.items()}
+    swept = " -m" if any("," in choice for choice in choices.values()) else ""
+    model, *rest = options
+    words = [model, *(f"{key}={choice}" for key, choice in choices.items()), *rest]
+    return " ".join([f"python scripts/calibrate.py{swept}", *map(shell_quoted, words)])
 
 
 def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:

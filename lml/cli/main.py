@@ -22,11 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lml.cli.hydra_sweeps import own_plugins
 from lml.cli.messages import explain
-from lml.cli.quoting import gathered
 from lml.cli.streams import lasting_streams
 from lml.cli.values import complete
 from lml.configs import CONFIGS
 from lml.errors import UserError, say
+from lml.quoting import gathered
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 # Errors that are reported in one line.

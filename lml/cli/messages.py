@@ -9,9 +9,9 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lml.cli.quoting import CONTROL, shell_quoted, suggest
 from lml.configs import CONFIGS
 from lml.errors import UserError, first_line, nearest
+from lml.quoting import CONTROL, shell_quoted, suggest
 
 # The extras of setup.cfg that bring Hydra's launchers and sweepers.
 EXTRAS = {"ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}

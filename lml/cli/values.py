@@ -8,9 +8,9 @@ import re
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lml import schema
-from lml.cli.quoting import hydra_quoted, shell_quoted
 from lml.errors import UserError
 from lml.files import check_path
+from lml.quoting import hydra_quoted, shell_quoted
 
 # Keys whose values are paths. The first line has whole keys: budget.images is a number.
 PATHS = re.compile(

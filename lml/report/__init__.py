@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,14 +48,18 @@ def compare(cfg: DictConfig) -> Path:
     """Write one page of the runs in the folders `cfg.run_dirs` (configs/compare.yaml); return it.
 
     A run that cannot be used is said on stderr and on the page. UserError when none can be, when
-    `cfg.out` cannot be written, and when there is a file that is no such page.
+    `cfg.out` cannot be written, when there is a file that is no such page, and when no score in
+    `cfg.evaluations` is of these runs.
     """
     out, folders = Path(cfg.out), _named([Path(run) for run in cfg.run_dirs])
     check_output(out, "out")
     _check_page(out)
+    # the runs of one folder share what T2I-CompBench's evaluators wrote
+    scored = functools.cache(functools.partial(_evaluations, cfg.evaluations))
     notes, known, commands = [], [], []
     for name, folder in folders.items():
-        found = results.read_run(folder, notes.append) if folder.is_dir() else []
+        evaluations = scored(folder.parent)
+        found = results.read_run(folder, notes.append, evaluations) if folder.is_dir() else []
         if not found:
             notes.append(f"{folder}: no complete run with a metric or a time in it; not used")
             continue
@@ -63,6 +68,8 @@ def compare(cfg: DictConfig) -> Path:
         commands += [str(command)] if command else []
     if not known:
         raise UserError(f"run_dirs: no complete run to show ({'; '.join(notes)})")
+    if cfg.evaluations is not None:
+        _check_scored(cfg.evaluations, known, "run_dirs")
     for note in notes:
         print(note, file=sys.stderr)
     shown = _shown(known, results.choose(known, _plain(cfg.show)))
@@ -137,16 +144,24 @@ def _evaluations(folder: str | None, runs: Path) -> compbench.Evaluations | None
     return compbench.Evaluations(Path(folder or usual))
 
 
+def _check_scored(
+    evaluations: str | Path, found: Sequence[results.Result], runs: str | Path
+) -> None:
+    """UserError if none of the results `found` of `runs` is a score in the folder `evaluations`."""
+    if not any(compbench.is_score(result.metric) for result in found):
+        raise UserError(
+            f"evaluations={evaluations}: no scores of the runs in {runs}; export them "
+            "there with layout=t2i_compbench, and run T2I-CompBench's evaluators"
+        )
+
+
 def _read(runs: Path, out: Path, evaluations: compbench.Evaluations | None) -> _Study:
     """Read all results. UserError if there is nothing to show, or no score in `evaluations`."""
     results.check_kept(out / "results.csv", f"out={out}")
     notes = []
     found = results.collect(runs, notes.append, evaluations)
-    if evaluations and not any(compbench.is_score(result.metric) for result in found):
-        raise UserError(
-            f"evaluations={evaluations.folder}: no scores of the runs in {runs}; export them "
-            "there with layout=t2i_compbench, and run T2I-CompBench's evaluators"
-        )
+    if evaluations:
+        _check_scored(evaluations.folder, found, runs)
     older = results.from_csv(out / "results.csv", found, notes.append)
     known = results.merge(found, older, runs)
     if not known:

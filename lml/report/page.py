@@ -130,7 +130,8 @@ def _metric(table: Table, results: Sequence[Result]) -> dict[str, Any]:
                 "bold": (row, nfe) in bold,
                 "runs": [[*run, _finite(value)] for *run, value in sorted(runs[row, nfe])],
             }
-        rows.append({"group": table.groups.index(row.group), **_names(row), "cells": cells})
+        group, paper = table.groups.index(row.group), text.in_the_paper(table, row)
+        rows.append({"group": group, **_names(row), "cells": cells, "paper": paper})
     return {
         "name": _name(table.metric),
         "higher": table.higher,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lml.report.labels import OFF
-from lml.report.tables import TIMING, Group, Table, change, describe, name, varying
+from lml.report.tables import TIMING, Group, Row, Table, change, describe, name, varying
 
 Text = tuple[str, bool]  # a cell's text, and whether it is bold
 
@@ -29,10 +29,15 @@ def _cells(table: Table) -> tuple[list[str], list[list[Text]]]:
             text = "" if entry is None else str(entry)
             gain = change(entry, base) if entry and base else ""
             line.append((f"{text} ({gain})" if gain else text, (row, nfe) in bold))
-        paper = table.published(row)
-        numbers = [f"{paper[nfe].value:g}" if nfe in paper else "–" for nfe in table.columns]
-        lines.append([*line, (" / ".join(numbers) if paper else "", False)])
+        lines.append([*line, (in_the_paper(table, row), False)])
     return header, lines
+
+
+def in_the_paper(table: Table, row: Row) -> str:
+    """The paper's numbers of a row, in the order of the columns; "" if it has none."""
+    paper = table.published(row)
+    numbers = [f"{paper[nfe].value:g}" if nfe in paper else "–" for nfe in table.columns]
+    return " / ".join(numbers) if paper else ""
 
 
 def markdown(table: Table, commands: Sequence[str], notes: Sequence[str] = ()) -> str:

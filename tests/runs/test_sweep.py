@@ -674,5 +674,6 @@ def test_cells_without_a_calibration_are_one_line_with_one_command(script, tmp_p
     assert outcome.code == 2
     assert outcome.err.startswith(
         "lml=calibrated: no calibration for the settings of 4 cells; make them: python "
-        "scripts/calibrate.py -m model=gaussian solver=ddim,deis grid=default nfe=3,4; skipped\n"
+        "scripts/calibrate.py -m model=gaussian solver=ddim,deis grid=default nfe=3,4 "
+        "model.network.sample_size=4; skipped\n"
     )

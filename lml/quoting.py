@@ -13,11 +13,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z./][\w./-]*", re.IGNORECASE)
 
 
 def hydra_quoted(text: str) -> str:
     """`text` as a value that Hydra takes literally."""
     return QuotedString(text, Quote.double).with_quotes()
+
+
+def hydra_value(value: str | int | float | bool | list | None) -> str:
+    """A value of a config as Hydra reads it; text is quoted where it could be read otherwise."""
+    if isinstance(value, list):
+        return f"[{','.join(map(hydra_value, value))}]"
+    if isinstance(value, str):
+        return value if PLAIN.fullmatch(value) else hydra_quoted(value)
+    return "null" if value is None else str(value).lower()
 
 
 def shell_quoted(word: str) -> str:
