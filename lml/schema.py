@@ -194,8 +194,9 @@ class LML:
     norm_preserving: bool = True
     freeze: Share = 0.0
     length: Positive | list[Positive] = 1.0
-    calibration: FilePath | None = None  # only lml=calibrated has this one and the next
+    calibration: FilePath | None = None  # only lml=calibrated has this key and the next two
     objective: CalibrationObjective = "rmse"
+    timesteps: bool = False
 
 
 @dataclass
@@ -279,6 +280,7 @@ class Calibrate(Sampling):
 
     nfe: SeveralEvaluations
     objective: CalibrationObjective
+    timesteps: bool
     searched: Samples
     unseen: Samples
     ranks: list[Annotated[int, Range(1, 64, "so many directions are held in memory")]]
@@ -603,6 +605,7 @@ class Errors:
     off: Error
     default: Error
     calibrated: Error
+    timesteps: Error | None = None
 
 
 @dataclass
@@ -612,6 +615,18 @@ class Choice:
     rank: Whole
     damping: list[Positive | None] | None
     length: list[Positive] | None = None
+    timesteps: list[Count] | None = None
+
+
+@dataclass
+class SearchedGrid:
+    """The options of a grid whose timesteps were searched."""
+
+    aligned_timesteps: list[Count]
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_lu_lambdas: bool = False
 
 
 @dataclass
@@ -620,19 +635,29 @@ class CalibrationFile:
 
     settings: dict[str, Any]
     lml: LML
-    chosen: Literal["off", "default", "calibrated"]
+    chosen: Literal["off", "default", "timesteps", "calibrated"]
     calibrated: Choice
     errors: Errors
+    grid: SearchedGrid | None = None
     seal: Any = None
+
+
+@dataclass
+class SearchedValues:
+    """Values of a search, those that are known."""
+
+    damping: list[NotNegative] | None = None
+    length: list[Positive] | None = None
+    timesteps: list[Positive] | None = None
 
 
 @dataclass
 class SearchState:
     """The state of one search; see lml.calibration.search."""
 
-    rank: Count
-    steps: Count
-    values: list[NotNegative]
+    rank: Whole
+    values: SearchedValues
+    searched: list[Literal["damping", "length", "timesteps"]]
     error: NotNegative
     mu: Positive
     rounds: Whole
@@ -644,7 +669,7 @@ class CalibrationState:
     """state.json of a calibration that was interrupted."""
 
     of: dict[str, Any]
-    searches: list[SearchState]
+    searches: dict[str, SearchState]
     seal: Any = None
 
 

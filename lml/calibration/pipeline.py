@@ -25,6 +25,7 @@ def calibrate_pipeline(
     batch_size: int = 4,
     ranks: Sequence[int] = (1,),
     rounds: int = 2,
+    timesteps: bool = False,
     **call: Any,
 ) -> Calibration:
     """Choose the rank and the damping of each step of `pipe.scheduler`, and set them.
@@ -40,6 +41,7 @@ def calibrate_pipeline(
         num_inference_steps: the number of steps of later use.
         samples: the number of samples, at least 2; 32 by default.
         fine_steps: the steps of the fine solution; by default five times as many, at least 40.
+        timesteps: whether to search timesteps, too; for schedulers with `aligned_timesteps`.
         call: other arguments of the pipeline's call: `guidance_scale`, `height`, `width` ...
 
     Raises:
@@ -93,7 +95,8 @@ def calibrate_pipeline(
         batch_size,
     )
     try:
-        found = calibrate(problem, range(count // 2), range(count // 2, count), ranks, rounds)
+        halves = range(count // 2), range(count // 2, count)
+        found = calibrate(problem, *halves, ranks, rounds, timesteps)
     finally:
         pipe.scheduler = scheduler
     pipe.scheduler = found.choice.apply(scheduler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from diffusers import SchedulerMixin
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lml import schema
+from lml import configs, schema
 from lml.calibration import stored
 from lml.calibration.search import (
     CalibrationError,
@@ -39,6 +40,7 @@ from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
 from lml.runs.solver import check_start, find_steps, make_scheduler, read_solver
+from lml.schedulers import aligned
 from lml.seals import canonical, sealed, why_not_sealed
 
 STATE = "state.json"  # from which an interrupted search continues
@@ -163,7 +165,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 f"solver={config['solver']['name']}: adds noise, so no fine solution has the same "
                 "noise"
             )
-        settings = stored.settings_of(config, model.settings, config["objective"])
+        if config["timesteps"] and aligned.OPTION.name not in scheduler.config:
+            others = ", ".join(_solvers_with_timesteps())
+            raise UserError(
+                f"timesteps=true: not with solver={config['solver']['name']}, whose grid is fixed; "
+                f"with {others}"
+            )
+        settings = stored.settings_of(
+            config, model.settings, config["objective"], config["timesteps"]
+        )
         name = stored.folder_name(config, settings)
         folder = Path(config["run_dir"] or Path(stored.PLACES[0], name))
         found = on_first(lambda: _open(folder, settings, config["overwrite"]))
@@ -172,6 +182,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         values = _calibrate(config, model, scheduler, settings, folder, device)
         on_first(lambda: _store(folder, values))
         return values
+
+
+def _solvers_with_timesteps() -> Iterator[str]:
+    for name in configs.names("solver"):
+        target = configs.option("solver", name).scheduler._target_
+        cls = get_class(target)
+        parent = cls.__bases__[-1]
+        preset = name.startswith("authors_") or name.endswith("_calibrated")
+        if not preset and aligned.takes_grid(parent):
+            yield name
 
 
 def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -203,8 +223,7 @@ def _read_state(path: Path, whole: Mapping[str, Any]) -> dict[str, Progress]:
         return {}
     if canonical(kept["of"]) != canonical(whole):
         return {}
-    searches = [Progress(**progress) for progress in kept["searches"]]
-    return {progress.key: progress for progress in searches}
+    return {key: Progress(**progress) for key, progress in kept["searches"].items()}
 
 
 def _store(folder: Path, values: Mapping[str, Any]) -> None:
@@ -221,28 +240,25 @@ def _calibrate(
     device: torch.device,
 ) -> dict[str, Any]:
     problem = make_problem(cfg, model, scheduler, device)
-    protocol = {key: cfg[key] for key in PROTOCOL}
-    whole = {"settings": settings, "protocol": protocol}
+    whole = {"settings": settings, "protocol": {key: cfg[key] for key in PROTOCOL}}
     states = on_first(lambda: _read_state(folder / STATE, whole))
 
-    def save(progress: Progress) -> None:
-        states[progress.key] = progress
+    def save(states: Mapping[str, Progress]) -> None:
         if is_first():
-            searches = [asdict(progress) for progress in states.values()]
+            searches = {key: asdict(progress) for key, progress in states.items()}
             write_json(folder / STATE, sealed({"of": whole, "searches": searches}, STATE))
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
-    total = most_evaluations(problem, len(searched), len(unseen), cfg["ranks"], cfg["rounds"])
+    protocol = (cfg["ranks"], cfg["rounds"], cfg["timesteps"])
+    total = most_evaluations(problem, len(searched), len(unseen), *protocol)
     if is_first():
         print(f"at most {total:,} network evaluations", flush=True)
     shows = is_first() and cfg["progress"]
     bar = tqdm(total=total, unit="eval", unit_scale=True, disable=not shows)
     try:
         with bar:
-            found = calibrate(
-                problem, searched, unseen, cfg["ranks"], cfg["rounds"], states, save, bar.update
-            )
+            found = calibrate(problem, searched, unseen, *protocol, states, save, bar.update)
     except CalibrationError as error:
         raise UserError(f"model={model.name}: {error}") from None
     except KeyboardInterrupt as interruption:
@@ -250,9 +266,9 @@ def _calibrate(
         raise
     return stored.seal(
         {
-            "settings": settings,
-            "protocol": protocol,
+            **whole,
             "lml": found.choice.options(),
+            **({"grid": grid} if (grid := found.choice.grid(scheduler)) else {}),
             **found.as_dict(),
         }
     )
@@ -260,16 +276,18 @@ def _calibrate(
 
 def row(values: Mapping[str, Any]) -> str:
     """The result of a calibration in one line."""
-    errors = values["errors"]
-    off, default, best = (errors[name]["unseen"] for name in ("off", "default", "calibrated"))
+    errors = {name: both["unseen"] for name, both in values["errors"].items() if both}
+    off = errors["off"]
+    changes = [f"{name} {error:.4f} ({_change(error, off)})" for name, error in errors.items()]
     dampings = values["calibrated"]["damping"]
     text = " ".join("-" if damping is None else f"{damping:.3g}" for damping in dampings)
     lengths = values["calibrated"].get("length") or ()
     also = f", length {' '.join(f'{length:.3g}' for length in lengths)}" if lengths else ""
+    if timesteps := values["calibrated"].get("timesteps"):
+        also += f", timesteps {' '.join(map(str, timesteps))}"
     return (
-        f"off {off:.4f}, default {default:.4f} ({_change(default, off)}), calibrated {best:.4f} "
-        f"({_change(best, off)}): {values['chosen']}; rank {values['calibrated']['rank']}, "
-        f"damping {text}{also}"
+        f"off {off:.4f}, {', '.join(changes[1:])}: {values['chosen']}; "
+        f"rank {values['calibrated']['rank']}, damping {text}{also}"
     )
 
 
@@ -288,7 +306,7 @@ def tell(cfg: DictConfig, values: Mapping[str, Any]) -> None:
         _told.clear()
     name = f"solver={cfg.solver.name} grid={cfg.grid.get('name', 'default')}"
     print(f"{name} nfe={cfg.nfe}: {row(values)}", flush=True)
-    error = min(errors["unseen"] for errors in values["errors"].values())
+    error = min(errors["unseen"] for errors in values["errors"].values() if errors)
     _told.append((cfg.model.name, cfg.nfe, error, f"{name} lml={values['chosen']}"))
     same = [entry for entry in _told if entry[:2] == _told[-1][:2]]
     if len(same) > 1:

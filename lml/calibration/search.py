@@ -7,10 +7,14 @@ Levenberg-Marquardt method over c_k = 1 / lambda_k >= 0, and then over c and l. 
 l (g + c (g - u)), so samples are nearly linear in c and l, and c = 0 is a step without LML. The
 derivative with respect to a number of step k needs only the steps after k: a `memoised` network is
 not evaluated again for the same inputs.
+
+The timesteps may be searched, too: first alone, without LML; then c and l on the timesteps that
+were found; then all three together, from the better of this result and that on the solver's grid.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +29,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lml.correction import LMLCorrection
+from lml.damping import GRIDS
 from lml.processes import gather, rank_and_world
-from lml.schedulers import LMLSchedulerMixin
+from lml.schedulers import LMLSchedulerMixin, aligned
 
 SMALLEST = 1e-3  # a smaller c counts as 0
 STARTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # c of all steps to start from, beside the default's
@@ -46,8 +51,13 @@ class Kind:
     difference: float
 
 
-C = Kind(0.0, 8.0, 0.3)  # at a damping of 1/8 nearly all of the anchors' part is gone
-LENGTH = Kind(0.5, 1.5, 0.02)
+KINDS = {
+    "damping": Kind(
+        0.0, 8.0, 0.3
+    ),  # c; at a damping of 1/8 nearly all of the anchors' part is gone
+    "length": Kind(0.5, 1.5, 0.02),
+}
+NEAR = 0.4  # a timestep moves by at most this share of the way to its neighbours in a round
 
 
 class CalibrationError(ValueError):
@@ -58,12 +68,14 @@ class CalibrationError(ValueError):
 class Choice:
     """LML's options: `rank` 0 is off; `damping` and `length` have one number for each step.
 
-    A `damping` of None is the scheduler's default; a `length` of None is 1.
+    A `damping` of None is the scheduler's default; a `length` of None is 1. `timesteps` of None are
+    those of the scheduler's grid.
     """
 
     rank: int
     damping: tuple[float | None, ...] | None = None
     length: tuple[float, ...] | None = None
+    timesteps: tuple[int, ...] | None = None
 
     def options(self) -> dict[str, Any]:
         """The options as keyword arguments of a scheduler."""
@@ -74,9 +86,17 @@ class Choice:
             "length": 1.0 if self.length is None else list(self.length),
         }
 
+    def grid(self, scheduler: SchedulerMixin) -> dict[str, Any]:
+        """The options of the grid, in place of those that `scheduler` has; {} if it stays."""
+        if self.timesteps is None:
+            return {}
+        others = [key for key in GRIDS if scheduler.config.get(key)]
+        return {**dict.fromkeys(others, False), aligned.OPTION.name: list(self.timesteps)}
+
     def apply(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """A copy of `scheduler`, one of `lml.schedulers`, with these options."""
-        return type(scheduler).from_config(scheduler.config, **self.options())
+        options = {**self.options(), **self.grid(scheduler)}
+        return type(scheduler).from_config(scheduler.config, **options)
 
 
 OFF = Choice(0)
@@ -92,9 +112,10 @@ class Calibration:
     """The result of a calibration.
 
     `errors` are root mean squared distances to the fine solution, for "off", "default" and
-    "calibrated", each on the `searched` and on the `unseen` samples. `chosen` is the best of the
-    three on the unseen samples, and `choice` has its options. `tries` and `evaluations` are the
-    numbers of trajectories and of network evaluations for one sample.
+    "calibrated", each on the `searched` and on the `unseen` samples. If timesteps were searched,
+    "timesteps" is LML off on those that were found. `chosen` is the best of them on the unseen
+    samples, and `choice` has its options. `tries` and `evaluations` are the numbers of trajectories
+    and of network evaluations for one sample.
     """
 
     chosen: str
@@ -305,58 +326,91 @@ def _rms(parts: list[tuple[Tensor, int]]) -> float:
 class Progress:
     """The state of a search, from which it can continue.
 
-    `values` are c of all steps but the first. If lengths are searched, those of all steps follow.
+    `values` are "damping" (c of all steps but the first), "length" and "timesteps" (numbers that
+    need not be whole), those of them that are known. `searched` are the names of those that move.
     """
 
     rank: int
-    steps: int
-    values: list[float]
-    error: float
+    values: dict[str, list[float]]
+    searched: list[str]
+    error: float = math.inf
     mu: float = 0.01
     rounds: int = 0
     is_done: bool = False
 
     @property
-    def key(self) -> str:
-        """Identifies a search within its calibration."""
-        return f"{self.rank}, {len(self.values)}"
+    def vector(self) -> Tensor:
+        """The values that are searched."""
+        numbers = [x for name in self.searched for x in self.values[name]]
+        return torch.tensor(numbers, dtype=torch.float64)
 
-    def choice(self, values: Sequence[float] | None = None) -> Choice:
-        """The options for `values`, or for the state's own values."""
-        values = self.values if values is None else values
-        c, lengths = values[: self.steps - 1], values[self.steps - 1 :]
-        damping = (None, *(1 / value if value >= SMALLEST else None for value in c))
-        return Choice(self.rank, damping, tuple(lengths) or None)
+    def moved(self, vector: Tensor) -> dict[str, list[float]]:
+        """The values, with those that are searched from `vector`."""
+        sizes = [len(self.values[name]) for name in self.searched]
+        parts = [part.tolist() for part in vector.split(sizes)]
+        return {**self.values, **dict(zip(self.searched, parts, strict=True))}
 
-    def kinds(self) -> list[Kind]:
-        """The kind of each value."""
-        return [C if k < self.steps - 1 else LENGTH for k in range(len(self.values))]
+    def choice(self, vector: Tensor | None = None) -> Choice:
+        """The options for `vector`, or for the state's own values."""
+        values = self.values if vector is None else self.moved(vector)
+        damping = [1 / c if c >= SMALLEST else None for c in values.get("damping", ())]
+        return Choice(
+            self.rank,
+            (None, *damping) if damping else None,
+            tuple(values.get("length", ())) or None,
+            _falling(values.get("timesteps", ())) or None,
+        )
+
+    def bounds(self, train_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The least and the largest vector in a round, and the differences for its derivatives."""
+        rows = [row for name in self.searched for row in self._bounds(name, train_steps)]
+        low, high, unit = torch.tensor(rows, dtype=torch.float64).T
+        return low, high, unit
+
+    def _bounds(self, name: str, train_steps: int) -> list[tuple[float, float, float]]:
+        values = self.values[name]
+        if name != "timesteps":
+            kind = KINDS[name]
+            return [(kind.low, kind.high, kind.difference)] * len(values)
+        gaps = [t - after for t, after in itertools.pairwise([*values, 0.0])]
+        near = [min(pair) for pair in itertools.pairwise([gaps[0], *gaps])]
+        low = [t - NEAR * gap for t, gap in zip(values, near, strict=True)]
+        high = [min(t + NEAR * gap, train_steps - 1) for t, gap in zip(values, near, strict=True)]
+        return list(zip(low, high, [max(1.0, 0.15 * gap) for gap in near], strict=True))
 
     def last_first(self) -> list[int]:
         """Indices of values, those of the last steps first: the memo then knows the early steps."""
-        steps = [*range(1, self.steps), *range(self.steps)][: len(self.values)]
-        return sorted(range(len(self.values)), key=lambda k: -steps[k])
+        first = {"damping": 1, "length": 0, "timesteps": -1}  # a timestep changes its own input
+        steps = [k + first[name] for name in self.searched for k in range(len(self.values[name]))]
+        return sorted(range(len(steps)), key=lambda k: -steps[k])
 
     def with_lengths(self) -> Progress:
-        """A search that starts from this one's result and also searches lengths."""
-        return Progress(self.rank, self.steps, [*self.values, *[1.0] * self.steps], self.error)
+        """A search of dampings and lengths that starts from this one's result."""
+        values = {**self.values, "length": [1.0] * (len(self.values["damping"]) + 1)}
+        return Progress(self.rank, values, ["damping", "length"], self.error)
+
+
+def _falling(values: Sequence[float]) -> tuple[int, ...]:
+    """`values`, rounded, as timesteps that fall and end above 0."""
+    found: list[int] = []
+    for left, value in zip(range(len(values), 0, -1), values, strict=True):
+        t = max(round(value), left)  # there must be room for those that are left
+        found.append(min(t, found[-1] - 1) if found else t)
+    return tuple(found)
 
 
 def search(samples: _Samples, progress: Progress, rounds: int) -> Iterator[Progress]:
     """Levenberg-Marquardt steps from `progress`; yields the state after each, at most `rounds`."""
-    kinds, order = progress.kinds(), progress.last_first()
-    low, high, unit = (
-        torch.tensor([getattr(kind, name) for kind in kinds], dtype=torch.float64)
-        for name in ("low", "high", "difference")
-    )
+    train_steps = samples.problem.scheduler.config.num_train_timesteps
     while not progress.is_done and progress.rounds < rounds:
-        values = torch.tensor(progress.values, dtype=torch.float64)
+        values, order = progress.vector, progress.last_first()
+        low, high, unit = progress.bounds(train_steps)
         sign = torch.where(values + unit <= high, 1.0, -1.0)
         others = []
         for k in order:
             other = values.clone()
             other[k] += sign[k] * unit[k]
-            others.append(progress.choice(other.tolist()))
+            others.append(progress.choice(other))
         JJ, Jr = samples.derivatives(progress.choice(), others)
         back = torch.tensor(order).argsort()
         JJ, Jr = JJ[back][:, back] * torch.outer(sign, sign), Jr[back] * sign
@@ -364,20 +418,95 @@ def search(samples: _Samples, progress: Progress, rounds: int) -> Iterator[Progr
         for _ in range(TRIES):
             step = _step(JJ, Jr, mu, (low - values) / unit, (high - values) / unit)
             candidate = (values + unit * step).clamp(low, high)
-            new = samples.error(progress.choice(candidate.tolist()), "search")
+            new = samples.error(progress.choice(candidate), "search")
             if new < error:
                 found, error, mu = candidate, new, mu / 4
                 break
             mu *= 8
         progress = replace(
             progress,
-            values=progress.values if found is None else found.tolist(),
+            values=progress.values if found is None else progress.moved(found),
             error=error,
             mu=mu,
             rounds=progress.rounds + 1,
             is_done=found is None or error > (1 - ENOUGH) * progress.error,
         )
         yield progress
+
+
+@dataclass
+class _Searches:
+    """The searches of a calibration. Those of `states`, by their keys, continue."""
+
+    samples: _Samples
+    rounds: int
+    states: dict[str, Progress]
+    save: Callable[[dict[str, Progress]], None]
+
+    def _run(self, key: str, start: Callable[[], Progress]) -> Progress:
+        progress = self.states.get(key) or start()
+        for progress in search(self.samples, progress, self.rounds):  # noqa: B020
+            self.states[key] = progress
+            self.save(self.states)
+        return progress
+
+    def of_dampings(self, rank: int) -> list[Progress]:
+        """The results of two searches: of dampings; of dampings and lengths."""
+        plain = self._run(f"{rank}, damping", lambda: self._start(rank))
+        return [plain, self._run(f"{rank}, damping, length", plain.with_lengths)]
+
+    def of_timesteps(self) -> Progress:
+        """The result of a search of timesteps, with LML off."""
+        values = {"timesteps": _own_timesteps(self.samples.problem)}
+        return self._run("timesteps", lambda: self._measured(Progress(0, values, ["timesteps"])))
+
+    def with_timesteps(self, rank: int, alone: Progress) -> list[Progress]:
+        """The results of `of_dampings`, and of two more searches.
+
+        The third is of dampings and lengths on the timesteps of `alone`. The last is of all three,
+        from the better of the second and the third.
+        """
+        plain, own = self.of_dampings(rank)
+        there = self._run(
+            f"{rank}, damping, length on other timesteps",
+            lambda: self._start(rank, **alone.values).with_lengths(),
+        )
+        best = own if own.error < there.error else there
+        values = {"timesteps": _own_timesteps(self.samples.problem), **best.values}
+        start = Progress(rank, values, ["damping", "length", "timesteps"])
+        every = self._run(f"{rank}, damping, length, timesteps", lambda: self._measured(start))
+        return [plain, own, there, every]
+
+    def _start(self, rank: int, **values: list[float]) -> Progress:
+        """The best of the default and of some dampings that are equal for all steps."""
+        problem = self.samples.problem
+        scheduler = Choice(rank).apply(problem.scheduler)
+        steps = _count_steps(scheduler, problem.steps)
+        high = KINDS["damping"].high
+        default = [min(1 / damping, high) if damping else 0.0 for damping in scheduler.dampings[1:]]
+        tried = [
+            self._measured(Progress(rank, {**values, "damping": damping}, ["damping"]))
+            for damping in (*([c] * (steps - 1) for c in STARTS), default)
+        ]
+        best = min(tried, key=lambda progress: progress.error)
+        if not math.isfinite(best.error):
+            raise CalibrationError("the samples have values that are not finite")
+        return best
+
+    def _measured(self, progress: Progress) -> Progress:
+        return replace(progress, error=self.samples.error(progress.choice(), "search"))
+
+
+def _own_timesteps(problem: Problem) -> list[float]:
+    """The timesteps of the scheduler's own grid, one for each of the `steps`."""
+    scheduler = problem.scheduler
+    if aligned.OPTION.name not in scheduler.config:
+        raise CalibrationError(f"the timesteps of {type(scheduler).__name__} are fixed")
+    _count_steps(scheduler, problem.steps)
+    known = scheduler.timesteps.double()
+    if len(known) != problem.steps:  # Heun has all but the first twice
+        known = known.unique_consecutive()
+    return [float(t) for t in _falling(known.tolist())]
 
 
 def _step(JJ: Tensor, Jr: Tensor, mu: float, low: Tensor, high: Tensor) -> Tensor:
@@ -400,21 +529,23 @@ def calibrate(
     unseen: Sequence[int],
     ranks: Sequence[int] = (1,),
     rounds: int = 2,
+    timesteps: bool = False,
     states: Mapping[str, Progress] | None = None,
-    save: Callable[[Progress], None] = lambda progress: None,
+    save: Callable[[dict[str, Progress]], None] = lambda states: None,
     tell: Callable[[int], None] = lambda evaluations: None,
 ) -> Calibration:
     """Find the dampings of `problem` on the samples `searched`, and check them on `unseen` ones.
 
     Raises CalibrationError for a single step, which LML does not change, for a fine solution that
-    is not finite, and for no samples.
+    is not finite, for no samples, and for `timesteps` if the scheduler's grid is fixed.
 
     Args:
         ranks: the ranks to try. For each there are two searches: of dampings, and of dampings and
             lengths.
         rounds: the largest number of steps of each search.
+        timesteps: whether to search timesteps, too, for a scheduler with `aligned_timesteps`.
         states: the states of interrupted searches, by key, to continue from.
-        save: is called with the state after each step.
+        save: is called with the states of all searches after each step.
         tell: is called with the number of network evaluations since its last call.
     """
     clock = time.perf_counter()
@@ -425,24 +556,18 @@ def calibrate(
     count = _count_steps(problem.scheduler, problem.steps)
     if count < 2:
         raise CalibrationError("a single step has no anchor: there is no damping to choose")
-    states = dict(states or {})
     samples = _Samples(problem, searched, tell)
-
-    def go_on(start: Callable[[], Progress], key: str) -> Progress:
-        progress = states.get(key) or start()
-        for progress in search(samples, progress, rounds):  # noqa: B020
-            save(progress)
-        return progress
-
-    ended = []
-    for rank in ranks:
-        plain = go_on(lambda rank=rank: _start(samples, rank, count), f"{rank}, {count - 1}")
-        lengths = go_on(plain.with_lengths, f"{rank}, {2 * count - 1}")
-        ended += [plain, lengths]
+    searches = _Searches(samples, rounds, dict(states or {}), save)
+    candidates = {"off": OFF, "default": Choice(LMLCorrection().rank)}
+    if timesteps:
+        alone = searches.of_timesteps()
+        candidates["timesteps"] = alone.choice()
+        ended = [found for rank in ranks for found in searches.with_timesteps(rank, alone)]
+    else:
+        ended = [found for rank in ranks for found in searches.of_dampings(rank)]
     check = _Samples(problem, unseen, tell)
-    default = Choice(LMLCorrection().rank)
     options = min((progress.choice() for progress in ended), key=check.error)
-    candidates = {"off": OFF, "default": default, "calibrated": options}
+    candidates["calibrated"] = options
     errors = {
         name: {"searched": samples.error(choice), "unseen": check.error(choice)}
         for name, choice in candidates.items()
@@ -468,15 +593,25 @@ def fine_steps(steps: int) -> int:
 
 
 def most_evaluations(
-    problem: Problem, searched: int, unseen: int, ranks: Sequence[int], rounds: int
+    problem: Problem,
+    searched: int,
+    unseen: int,
+    ranks: Sequence[int],
+    rounds: int,
+    timesteps: bool = False,
 ) -> int:
     """The largest number of network evaluations times samples that `calibrate` makes."""
     count = _count_steps(problem.scheduler, problem.steps)
     fine = _count_steps(problem.fine_scheduler, problem.fine_steps)
     after = count * (count - 1) // 2  # evaluations after a step, over all steps
-    rounds_of_both = 2 * (1 + TRIES) * count + 2 * after
-    search = len(ranks) * ((len(STARTS) + 1) * count + rounds * rounds_of_both) + 3 * count
-    check = (2 * len(ranks) + 3) * count
+    tried = (1 + TRIES) * count
+    start = (len(STARTS) + 1) * count
+    a_rank, once, searches, choices = start + rounds * (2 * tried + 3 * after), 0, 2, 3
+    if timesteps:
+        a_rank += start + count + rounds * (2 * tried + 5 * after + count)
+        once, searches, choices = count + rounds * (tried + after + count), 4, 4
+    search = len(ranks) * a_rank + once + choices * count
+    check = (len(ranks) * searches + choices) * count
     return (searched + unseen) * fine + searched * search + unseen * check
 
 
@@ -486,18 +621,3 @@ def _count_steps(scheduler: SchedulerMixin, steps: int) -> int:
     mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(steps, **mu)
     return len(scheduler.timesteps)
-
-
-def _start(samples: _Samples, rank: int, steps: int) -> Progress:
-    """Start from the best of the default and of some dampings that are equal for all steps."""
-    scheduler = Choice(rank).apply(samples.problem.scheduler)
-    _count_steps(scheduler, samples.problem.steps)
-    default = [min(1 / damping, C.high) if damping else 0.0 for damping in scheduler.dampings[1:]]
-    starts = [*([c] * (steps - 1) for c in STARTS), default]
-    found = [Progress(rank, steps, values, math.inf) for values in starts]
-    for progress in found:
-        progress.error = samples.error(progress.choice(), "search")
-    best = min(found, key=lambda progress: progress.error)
-    if not math.isfinite(best.error):
-        raise CalibrationError("the samples have values that are not finite")
-    return best

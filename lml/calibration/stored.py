@@ -21,7 +21,7 @@ FILE = "calibration.json"
 PLACES = ("outputs/calibrations", "assets/calibrations")
 GROUPS = ("model", "solver", "grid", "prompts")  # config groups of a run
 CHOSEN_BY_IT = (
-    *("name", "calibration", "objective"),
+    *("name", "calibration", "objective", "timesteps"),
     *("rank", "damping", "damping_scale", "length"),
 )
 
@@ -57,9 +57,9 @@ def _options(cfg: Mapping[str, Any]) -> Iterator[str]:
     yield choices[0]
     if cfg["prompts"]:
         yield f"prompts={_choice(cfg, 'prompts')}"
-    objective = cfg["lml"].get("objective", LML.objective)
-    if objective != usual["objective"]:
-        yield f"objective={objective}"
+    for key in ("objective", "timesteps"):
+        if (value := cfg["lml"].get(key, usual[key])) != usual[key]:
+            yield f"{key}={hydra_value(value)}"
     lml = {key: value for key, value in cfg["lml"].items() if key not in CHOSEN_BY_IT}
     for group, values in {**{group: cfg[group] for group in GROUPS}, "lml": lml}.items():
         yield from _changes(values, usual[group], group)
@@ -87,9 +87,18 @@ def _command(options: Sequence[str], cfgs: Sequence[Mapping[str, Any]]) -> str:
     return " ".join([f"python scripts/calibrate.py{swept}", *map(shell_quoted, words)])
 
 
-def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str) -> dict[str, Any]:
+def calibrated_name(objective: str, timesteps: bool) -> str:
+    """What a calibrated LML is called: "calibrated", "calibrated (features, timesteps)"."""
+    how = [objective] if objective != LML.objective else []
+    how += ["timesteps"] if timesteps else []
+    return f"calibrated ({', '.join(how)})" if how else "calibrated"
+
+
+def settings_of(
+    cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str, timesteps: bool
+) -> dict[str, Any]:
     """The settings of a run that identify its calibration. `model` are the model's settings."""
-    return {
+    settings = {
         "model": dict(model),
         "solver": {key: cfg["solver"].get(key) or {} for key in ("scheduler", "step")},
         "grid": {key: value for key, value in cfg["grid"].items() if key != "name"},
@@ -98,6 +107,7 @@ def settings_of(cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str
         "objective": objective,
         "method_version": METHOD_VERSION,
     }
+    return {**settings, "timesteps": True} if timesteps else settings
 
 
 def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -108,6 +118,7 @@ def folder_name(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         cfg["grid"].get("name", "default"),
         cfg["nfe"],
         settings["objective"],
+        *(["timesteps"] if settings.get("timesteps") else []),
         settings_hash(settings)[:10],
     )
     return "-".join(map(str, parts))
@@ -145,7 +156,7 @@ def find_calibration(settings: Mapping[str, Any]) -> Path | None:
 
 
 def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """`cfg` with the options of its calibration in `lml`; without lml=calibrated, a copy of `cfg`.
+    """`cfg` with its calibration's options in `lml` and `grid`; a copy without lml=calibrated.
 
     `model` are the model's settings. UserError if there is no calibration for these settings, or
     if the file `lml.calibration` is for other settings.
@@ -153,7 +164,9 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     lml = cfg["lml"]
     if "calibration" not in lml:
         return dict(cfg)
-    settings = settings_of(cfg, model, lml.get("objective", LML.objective))
+    objective = lml.get("objective", LML.objective)
+    timesteps = lml.get("timesteps", LML.timesteps)
+    settings = settings_of(cfg, model, objective, timesteps)
     if lml["calibration"] is not None:
         values = read(Path(lml["calibration"]), "lml.calibration")
         if found := differences(settings, values["settings"]):
@@ -166,6 +179,6 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     else:
         raise NoCalibrationError([cfg])
     rest = {key: value for key, value in lml.items() if key not in CHOSEN_BY_IT}
-    objective = settings["objective"]
-    name = "calibrated" if objective == LML.objective else f"calibrated ({objective})"
-    return {**cfg, "lml": {"name": name, **rest, **values["lml"]}}
+    name = calibrated_name(objective, timesteps)
+    grid = {**cfg["grid"], **(values.get("grid") or {})}
+    return {**cfg, "grid": grid, "lml": {"name": name, **rest, **values["lml"]}}

@@ -52,9 +52,13 @@ LOOKS = {
     DEFAULT: Look("#0072B2", "-", "s"),
     PUBLISHED: Look("#CC79A7", ":", "X"),
 }
-LOOKS |= dict(
-    zip(CALIBRATIONS, [Look("#D55E00", "-", "^"), Look("#009E73", "-.", "v")], strict=True)
-)
+CALIBRATED_LOOKS = [
+    Look("#D55E00", "-", "^"),
+    Look("#009E73", "-.", "v"),
+    Look("#332288", (0, (5, 1, 1, 1)), "<"),
+    Look("#999933", (0, (2, 1)), ">"),
+]
+LOOKS |= dict(zip(CALIBRATIONS, CALIBRATED_LOOKS, strict=True))
 OTHER_LOOKS = [  # of other settings, in their order
     Look("#E69F00", "-.", "D"),
     Look("#56B4E9", (0, (5, 1)), "P"),

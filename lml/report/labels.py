@@ -6,17 +6,23 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 
 from lml import configs
+from lml.calibration.stored import calibrated_name
 from lml.correction import METHOD_VERSION
+from lml.schema import CalibrationObjective
 from lml.seals import canonical
 
-OFF, DEFAULT, PUBLISHED, CALIBRATED = "off", "default", "published", "calibrated"
+OFF, DEFAULT, PUBLISHED = "off", "default", "published"
 
-CALIBRATIONS = (CALIBRATED, f"{CALIBRATED} (features)")  # by the objective
+CALIBRATIONS = tuple(
+    calibrated_name(objective, timesteps)
+    for timesteps in (False, True)
+    for objective in get_args(CalibrationObjective)
+)
 
 PRESETS = (DEFAULT, PUBLISHED)
 
@@ -93,6 +99,11 @@ def lml_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config["lml"], **version}
 
 
+def is_off(lml: Mapping[str, Any]) -> bool:
+    """Whether a run has neither a correction nor timesteps that a calibration found."""
+    return not lml.get("rank") and "timesteps" not in str(lml.get("name"))
+
+
 @functools.cache
 def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     """ "off", a preset, "calibrated", or the differences: "rank=3, damping=16".
@@ -100,12 +111,15 @@ def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     `options` are those of the config group `lml`, as JSON; `solver` and `model` are names.
     """
     ours = _plain(json.loads(options))
-    if not ours.get("rank"):
+    if is_off(ours):
         return OFF
     # Runs older than this key are of version 1.
     version = ours.pop("method_version", 1)
     older = [] if version == METHOD_VERSION else [f"method {version}"]
-    if (name := ours.pop("name", None)) in CALIBRATIONS:  # dampings differ from run to run
+    name = ours.pop("name", None)
+    if "calibration" in ours:  # of a cell that has no calibration
+        name = calibrated_name(ours["objective"], ours.get("timesteps", False))
+    if name in CALIBRATIONS:  # dampings differ from run to run
         return ", ".join([name, *older])
     changes = {name: _changes(ours, _preset(name, solver, nfe, model)) for name in PRESETS}
     name = min(changes, key=lambda name: len(changes[name]))

@@ -16,7 +16,7 @@ from lml.errors import UserError, first_line, nearest
 from lml.files import file_hash, open_regular, read_object
 from lml.report import compbench
 from lml.report.compbench import Evaluations
-from lml.report.labels import lml_of_run
+from lml.report.labels import is_off, lml_of_run
 from lml.runs.names import image_name
 from lml.runs.records import read_config
 from lml.schema import Cell, Manifest, RunConfig, Score, SweepFile, Timing, find_problem
@@ -130,7 +130,7 @@ def _setting(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "solver": config["solver"]["name"],
         "solver_options": canonical(solver),
         "grid": config["grid"].get("name", "default"),
-        "lml": canonical(lml if lml.get("rank") else {"rank": 0}),
+        "lml": canonical({"rank": 0} if is_off(lml) else lml),
         **{key: config[key] for key in ("nfe", "seed", "num_images", "dtype")},
     }
 
