@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 
 from lml import calibration, schedulers
 from lml.calibration import Choice, Objective, Problem, calibrate, calibrate_pipeline
-from lml.calibration.search import Memo, _step, memoised
+from lml.calibration.search import Memo, Progress, _step, memoised, most_evaluations
 from lml.data.assets import ROOT
 from lml.exact import Gaussian
 from lml.pipelines import pixel
@@ -149,6 +149,58 @@ def test_a_fine_solution_with_nan_is_refused(gaussian):
         calibrate(p, range(4), range(10, 14))
 
 
+# --- timesteps -----------------------------------------------------------------------------------
+
+MOVABLE = [
+    ("DPMSolverMultistep", {}),
+    ("DPMSolverMultistep", {"use_karras_sigmas": True}),
+    ("DPMSolverSinglestep", {}),
+    ("EulerDiscrete", {}),
+    ("HeunDiscrete", {"use_karras_sigmas": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), MOVABLE)
+def test_timesteps_that_are_searched_too_halve_the_error_again(gaussian, name, options):
+    """On seeds that the search did not see, compared with a search on the solver's grid."""
+    solver = getattr(schedulers, f"LML{name}Scheduler")
+    p = problem(gaussian, solver, **options)
+    told = []
+    fixed = calibrate(p, range(16), range(100, 116))
+    found = calibrate(p, range(16), range(100, 116), timesteps=True, tell=told.append)
+    error = {name: error["unseen"] for name, error in found.errors.items()}
+    assert found.chosen == "calibrated" and error["off"] == fixed.errors["off"]["unseen"]
+    assert error["calibrated"] < fixed.errors["calibrated"]["unseen"] / 2
+    assert error["calibrated"] < error["timesteps"] < error["off"]
+    timesteps = found.choice.timesteps
+    assert len(timesteps) == 5 and list(timesteps) == sorted(set(timesteps), reverse=True)
+    scheduler = found.choice.apply(p.scheduler)
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.unique_consecutive().tolist() == list(timesteps)
+    assert sum(told) == found.evaluations <= most_evaluations(p, 16, 16, (1,), 2, True)
+
+
+@pytest.mark.parametrize(
+    ("values", "timesteps"),
+    [
+        ([900.4, 500.6, 1.2], (900, 501, 1)),
+        ([900.0, 899.9, 899.8], (900, 899, 898)),
+        ([2.0, 1.0, 0.0], (3, 2, 1)),
+        ([], ()),
+    ],
+)
+def test_timesteps_are_whole_and_fall(values, timesteps):
+    assert Progress(0, {"timesteps": values}, ["timesteps"]).choice().timesteps == (
+        timesteps or None
+    )
+
+
+def test_a_grid_that_is_fixed_is_refused(gaussian):
+    p = problem(gaussian, schedulers.LMLDDIMScheduler)
+    with pytest.raises(calibration.CalibrationError, match="timesteps of LMLDDIMScheduler are fix"):
+        calibrate(p, range(4), range(10, 14), timesteps=True)
+
+
 # --- lengths -------------------------------------------------------------------------------------
 
 
@@ -183,8 +235,11 @@ def test_lengths_for_another_number_of_steps():
 # --- pipelines -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart", "flux"])
-def test_a_pipeline_is_calibrated(pipelines, name):
+@pytest.mark.parametrize(
+    ("name", "timesteps"),
+    [*((name, False) for name in ("sd15", "sdxl", "sd3", "pixart", "flux")), ("sd15", True)],
+)
+def test_a_pipeline_is_calibrated(pipelines, name, timesteps):
     pipe = DiffusionPipeline.from_pretrained(pipelines / name)
     pipe.set_progress_bar_config(disable=True)
     flow = "FlowMatch" in type(pipe.scheduler).__name__
@@ -198,8 +253,9 @@ def test_a_pipeline_is_calibrated(pipelines, name):
     size = size.get(name, {})  # FLUX's own is 256x256, whatever the network
     found = calibrate_pipeline(
         pipe, ["a cat", "a dog"], 4, samples=4, fine_steps=12, batch_size=2, rounds=1,
-        guidance_scale=3.0, **size,
+        timesteps=timesteps, guidance_scale=3.0, **size,
     )  # fmt: skip
+    assert bool(found.calibrated.timesteps) <= timesteps == ("timesteps" in found.errors)
     assert type(pipe.scheduler) is cls and pipe.scheduler is not before
     assert pipe.scheduler.correction.rank == found.choice.rank
     unseen = {name: error["unseen"] for name, error in found.errors.items()}
@@ -271,9 +327,22 @@ def found(path) -> dict:
     return {k: v for k, v in json.loads(path.read_text()).items() if k not in left_out}
 
 
+@pytest.fixture(params=["", "timesteps"])
+def small(request) -> list[str]:
+    """Arguments of a calibration, also of one whose timesteps are searched."""
+    return [*SMALL, "solver=dpmsolverpp", "timesteps=true"] if request.param else SMALL
+
+
+def of_run(small: list[str], lml: str) -> list[str]:
+    """`small` for sample.py, where lml=calibrated takes the calibration."""
+    plain = [word for word in small if word != "timesteps=true"]
+    asked = lml == "calibrated" and plain != small
+    return [*plain, f"lml={lml}", *(["lml.timesteps=true"] if asked else [])]
+
+
 @pytest.fixture
-def made(script, tmp_path):
-    outcome = script("calibrate", *SMALL, *SEARCH)
+def made(script, tmp_path, small):
+    outcome = script("calibrate", *small, *SEARCH)
     assert outcome.code == 0, outcome.err
     assert re.match(r"at most [\d,]+ network evaluations", outcome.out)
     assert re.search(r"off 0\.\d+, default .* calibrated .*: calibrated; rank 1", outcome.out)
@@ -282,12 +351,12 @@ def made(script, tmp_path):
     return path
 
 
-def test_sample_takes_it_and_has_the_error_that_it_reports(script, made, tmp_path):
+def test_sample_takes_it_and_has_the_error_that_it_reports(script, made, small, tmp_path):
     values = json.loads(made.read_text())
     rmse = {}
     for lml in ("off", "default", "calibrated"):
         outcome = script(
-            "sample", *SMALL, f"lml={lml}", "num_images=8", "seed=1000008", "batch_size=4",
+            "sample", *of_run(small, lml), "num_images=8", "seed=1000008", "batch_size=4",
             "metrics=[convergence]", "metrics.convergence.nfe=40", f"run_dir={tmp_path / lml}",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
@@ -296,9 +365,10 @@ def test_sample_takes_it_and_has_the_error_that_it_reports(script, made, tmp_pat
         assert rmse[lml] == pytest.approx(values["errors"][lml]["unseen"], abs=1e-4)
     options = values["lml"]
     explicit = [f"lml.{k}={json.dumps(options[k])}" for k in ("rank", "damping", "length")]
+    explicit += [f"+grid.{k}={json.dumps(v)}" for k, v in values.get("grid", {}).items()]
     again = script(
-        "sample", *SMALL, *explicit, "num_images=8", "seed=1000008", "batch_size=4",
-        "metrics=none", f"run_dir={tmp_path / 'calibrated'}",
+        "sample", *of_run(small, "default"), *explicit, "num_images=8", "seed=1000008",
+        "batch_size=4", "metrics=none", f"run_dir={tmp_path / 'calibrated'}",
     )  # fmt: skip
     assert again.code == 0 and "all were stored before" in again.out  # it is the same run
 
@@ -311,17 +381,17 @@ def test_the_fine_solution_has_several_times_the_steps(script, tmp_path, nfe, fi
     assert json.loads(path.read_text())["protocol"]["fine"]["nfe"] == fine
 
 
-def test_it_is_the_same_each_time(script, made, tmp_path):
+def test_it_is_the_same_each_time(script, made, small, tmp_path):
     first = made.read_bytes()
-    assert script("calibrate", *SMALL, *SEARCH).code == 0
+    assert script("calibrate", *small, *SEARCH).code == 0
     assert made.read_bytes() == first  # it was read
-    assert script("calibrate", *SMALL, *SEARCH, "overwrite=true").code == 0
+    assert script("calibrate", *small, *SEARCH, "overwrite=true").code == 0
     values = json.loads(first)
     values.pop("seconds"), values.pop("seal")
     assert found(made) == values
 
 
-def test_an_interrupted_search_goes_on(script, made, tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on(script, made, small, tmp_path, monkeypatch):
     from lml.calibration import script as body
 
     whole = found(made)
@@ -336,32 +406,52 @@ def test_an_interrupted_search_goes_on(script, made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(body, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        script("calibrate", *SMALL, *SEARCH)
+        script("calibrate", *small, *SEARCH)
     monkeypatch.undo()
     assert not made.exists() and (made.parent / "state.json").exists()
-    assert script("calibrate", *SMALL, *SEARCH).code == 0
+    assert script("calibrate", *small, *SEARCH).code == 0
     again = found(made)
     for cost in ("tries", "evaluations"):
         assert again.pop(cost) < whole.pop(cost)
     assert again == whole and not (made.parent / "state.json").exists()
 
 
-def test_two_processes_find_the_same(made, ranks, tmp_path):
+def test_two_processes_find_the_same(made, small, ranks, tmp_path):
     whole = found(made)
-    outcome = ranks(ROOT / "scripts/calibrate.py", *SMALL, *SEARCH, "run_dir=two")
+    outcome = ranks(ROOT / "scripts/calibrate.py", *small, *SEARCH, "run_dir=two")
     assert outcome.code == 0, outcome.err
     assert found(tmp_path / "two/calibration.json") == whole
     assert outcome.out.count("solver=") == 1, outcome.out
 
 
-def test_a_file_from_before_there_were_lengths_is_read(script, made):
+def test_a_file_from_before_there_were_lengths_is_read(script, made, small):
     from lml.calibration.stored import seal
 
     values = json.loads(made.read_text())
     del values["calibrated"]["length"], values["lml"]["length"]
     made.write_text(json.dumps(seal(values)))
-    outcome = script("calibrate", *SMALL, *SEARCH)
+    outcome = script("calibrate", *small, *SEARCH)
     assert outcome.code == 0 and "damping" in outcome.out and "length" not in outcome.out
+
+
+def test_timesteps_without_lml_may_be_the_best(script, tmp_path, monkeypatch):
+    """They are a row of their own, and are not taken for the run that they are compared with."""
+    from lml.calibration import search
+
+    bad = Progress(1, {"damping": [8.0] * 4}, ["damping"])
+    monkeypatch.setattr(search._Searches, "with_timesteps", lambda *_: [bad])
+    words = [*SMALL, "solver=euler"]
+    assert script("calibrate", *words, *SEARCH, "timesteps=true").code == 0
+    (path,) = files(tmp_path)
+    assert json.loads(path.read_text())["chosen"] == "timesteps"
+    monkeypatch.undo()
+    run = ["sample", *words, "num_images=4", "metrics=[convergence]", "name=study"]
+    assert script(*run, "lml=off").code == 0
+    assert script(*run, "lml=calibrated", "lml.timesteps=true").code == 0
+    outcome = script("tabulate", "name=study", "show=[convergence/rmse]")
+    assert outcome.code == 0
+    assert re.search(r"\| off \| ([\d.]+) \|", outcome.out)
+    assert re.search(r"\| calibrated \(timesteps\) \| [\d.]+ \(-[\d.]+ %\) \|", outcome.out)
 
 
 def test_features_may_be_compared(script, tmp_path):
@@ -405,6 +495,8 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
         (["fine.solver=none"], "fine.solver=none"),
         (["searched=0"], "searched=0"),
         (["solver=authors_dpm_lm"], "released"),
+        (["timesteps=true"], "timesteps=true: not with solver=ddim, whose grid is fixed; with dpm"),
+        (["timesteps=maybe"], "timesteps=maybe"),
     ],
 )
 def test_bad_input_is_one_line(script, tmp_path, arguments, message):
@@ -414,8 +506,8 @@ def test_bad_input_is_one_line(script, tmp_path, arguments, message):
     assert not files(tmp_path)
 
 
-def test_a_calibration_of_something_else_is_refused(script, made, tmp_path):
-    sample = ["sample", *SMALL, "lml=calibrated", "num_images=2", "metrics=none"]
+def test_a_calibration_of_something_else_is_refused(script, made, small, tmp_path):
+    sample = ["sample", *of_run(small, "calibrated"), "num_images=2", "metrics=none"]
     for other, message in [
         ("nfe=6", "nfe=5, not 6"),
         ("grid=leading", "grid.timestep_spacing=trailing, not leading"),
@@ -444,6 +536,7 @@ COMMON = [*SMALL[2:4], "threads=1"]  # for any model
         [*SMALL, "model.network.std=0.5", "lml.norm_preserving=false"],
         [*SMALL, "lml.freeze=0.25", "+solver.scheduler.thresholding=true"],
         [*SMALL, "lml.objective=features"],
+        [*SMALL, "solver=euler", "lml.timesteps=true"],
         [*COMMON, "model=cifar10_ddpm", "model.path='a, b'", "nfe=3"],
     ],
 )

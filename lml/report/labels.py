@@ -113,8 +113,8 @@ def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     ours = _plain(json.loads(options))
     if is_off(ours):
         return OFF
-    # Runs older than this key are of version 1.
-    version = ours.pop("method_version", 1)
+    # Runs older than this key are of version 1. Without a correction there is no version.
+    version = ours.pop("method_version", 1) if ours.get("rank") else METHOD_VERSION
     older = [] if version == METHOD_VERSION else [f"method {version}"]
     name = ours.pop("name", None)
     if "calibration" in ours:  # of a cell that has no calibration
