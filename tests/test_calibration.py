@@ -157,6 +157,8 @@ MOVABLE = [
     ("DPMSolverSinglestep", {}),
     ("EulerDiscrete", {}),
     ("HeunDiscrete", {"use_karras_sigmas": True}),
+    ("UniPCMultistep", {"solver_order": 3}),
+    ("DEISMultistep", {"use_karras_sigmas": True}),
 ]
 
 

@@ -14,9 +14,17 @@ OPTION = inspect.Parameter("aligned_timesteps", inspect.Parameter.KEYWORD_ONLY, 
 
 
 def takes_grid(scheduler: type) -> bool:
-    """Whether the class, one of diffusers', takes `timesteps` on a noise schedule of betas."""
-    steps = inspect.signature(scheduler.set_timesteps).parameters
-    return "timesteps" in steps and "beta_start" in inspect.signature(scheduler).parameters
+    """Whether the class, one of diffusers', can have any timesteps of a noise schedule of betas.
+
+    It takes them in `set_timesteps`, or its grid can be replaced after that (UniPC and DEIS).
+    """
+    options = inspect.signature(scheduler).parameters
+    return "beta_start" in options and (takes_timesteps(scheduler) or "solver_order" in options)
+
+
+def takes_timesteps(scheduler: type) -> bool:
+    """Whether `set_timesteps` of the class takes `timesteps`."""
+    return "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
 
 
 def check_grid(timesteps: object, num_train_timesteps: int) -> list[int] | None:

@@ -14,9 +14,9 @@ Each class adds to its diffusers parent the options of `lml.correction.LMLCorrec
 
 With `rank=0` a scheduler gives the same result as its parent, bit for bit.
 
-Solvers that take `timesteps` in `set_timesteps` have the option `aligned_timesteps`, a list: the
-grid for as many steps, such as those of Align Your Steps. `lml.schedulers.aligned` interpolates it
-for other numbers of steps.
+Solvers whose steps may have any lengths have the option `aligned_timesteps`, a list: the grid for
+as many steps, such as those of Align Your Steps. `lml.schedulers.aligned` interpolates it for other
+numbers of steps.
 """
 
 from __future__ import annotations
@@ -136,11 +136,26 @@ class LMLSchedulerMixin:
             call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
             given = {key for key, value in call.arguments.items() if value is not None}
             if not given & {"timesteps", "sigmas"} and "num_inference_steps" in given:
-                steps = call.arguments.pop("num_inference_steps")
+                steps = call.arguments["num_inference_steps"]
                 grid = aligned.interpolate(self._aligned, steps, self.alphas_cumprod)
+                if not aligned.takes_timesteps(super()):
+                    super().set_timesteps(*args, **kwargs)
+                    self._replace_grid(grid)
+                    return
+                del call.arguments["num_inference_steps"]
                 call.arguments["timesteps"] = grid
             args, kwargs = call.args, call.kwargs
         super().set_timesteps(*args, **kwargs)
+        self._forget()
+
+    def _replace_grid(self, timesteps: list[int]) -> None:
+        """Put `timesteps` in place of the parent's own, of which there are as many."""
+        others = {*GRIDS, "use_flow_sigmas"} - {aligned.OPTION.name}
+        if wrong := sorted(key for key in others if self.config.get(key)):
+            raise ValueError(f"{aligned.OPTION.name}: not with {wrong[0]}=True")
+        levels = (1 / self.alphas_cumprod[timesteps] - 1).sqrt()
+        self.sigmas = torch.cat([levels.to(self.sigmas), self.sigmas[-1:]])
+        self.timesteps = self.timesteps.new_tensor(timesteps)
         self._forget()
 
     def _forget(self) -> None:

@@ -62,6 +62,23 @@ def test_at_its_own_number_of_steps_it_is_diffusers_with_these_timesteps(name):
     assert scheduler.timesteps.unique().tolist() == [100, 500, 900]
 
 
+@pytest.mark.parametrize("name", ["UniPCMultistep", "DEISMultistep"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_where_diffusers_takes_no_timesteps_they_replace_its_own(name, spacing):
+    """Its own timesteps, given as a list, give its own trajectory."""
+    parent = getattr(schedulers, f"LML{name}Scheduler").__bases__[-1]
+    parent = parent(**SCHEDULE, timestep_spacing=spacing)
+    own = follow(parent, 7)
+    scheduler = made(name, parent.timesteps.tolist())
+    given = follow(scheduler, 7)
+    assert torch.equal(scheduler.timesteps, parent.timesteps)
+    torch.testing.assert_close(scheduler.sigmas, parent.sigmas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(given, own, rtol=1e-5, atol=1e-5)
+    scheduler = made(name, use_karras_sigmas=True)
+    with pytest.raises(ValueError, match=r"^aligned_timesteps: not with use_karras_sigmas=True"):
+        scheduler.set_timesteps(10)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 7, 12, 20, 50])
 def test_another_number_of_steps_interpolates_the_logarithms_of_the_noise_levels(steps):
     scheduler = made("DPMSolverMultistep")
@@ -145,7 +162,7 @@ def test_a_run_has_the_images_of_diffusers(script, pipelines, prompts, tmp_path)
             ["solver=ddim"],
             "grid=ays: ddim has no aligned_timesteps; grids for it: default, leading",
         ),
-        (["solver=authors_unipc"], "grid=ays: authors_unipc has no aligned_timesteps; grids for"),
+        (["solver=authors_pndm"], "grid=ays: authors_pndm has no aligned_timesteps; grids for"),
         (["nfe=200"], "nfe=200: not for dpmsolverpp (aligned_timesteps: there are no timesteps"),
         (["grid.aligned_timesteps=[5,9]"], "grid.aligned_timesteps=[5, 9]: must be whole numbers"),
         (["grid.aligned_timesteps=yes"], "grid.aligned_timesteps="),

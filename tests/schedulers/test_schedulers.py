@@ -21,11 +21,13 @@ from lml import configs, schedulers
 from lml.correction import LMLCorrection
 
 CLASSES = schedulers.LMLSchedulerMixin.__subclasses__()
-TAKES_GRID = {  # whose set_timesteps takes timesteps on a noise schedule of betas
+TAKES_GRID = {  # which can have any timesteps of a noise schedule of betas
+    schedulers.LMLDEISMultistepScheduler,
     schedulers.LMLDPMSolverMultistepScheduler,
     schedulers.LMLDPMSolverSinglestepScheduler,
     schedulers.LMLEulerDiscreteScheduler,
     schedulers.LMLHeunDiscreteScheduler,
+    schedulers.LMLUniPCMultistepScheduler,
 }
 TARGETS = [(cls, target) for cls in CLASSES for target in cls.targets]
 STEPS = 8
