@@ -57,7 +57,9 @@ KINDS = {
     ),  # c; at a damping of 1/8 nearly all of the anchors' part is gone
     "length": Kind(0.5, 1.5, 0.02),
 }
-NEAR = 0.4  # a timestep moves by at most this share of the way to its neighbours in a round
+# A timestep moves by at most FAR of the way to its nearer neighbour in a round, and by NEAR of it for
+# a derivative.
+FAR, NEAR = 0.4, 0.15
 
 
 class CalibrationError(ValueError):
@@ -373,10 +375,11 @@ class Progress:
             kind = KINDS[name]
             return [(kind.low, kind.high, kind.difference)] * len(values)
         gaps = [t - after for t, after in itertools.pairwise([*values, 0.0])]
-        near = [min(pair) for pair in itertools.pairwise([gaps[0], *gaps])]
-        low = [t - NEAR * gap for t, gap in zip(values, near, strict=True)]
-        high = [min(t + NEAR * gap, train_steps - 1) for t, gap in zip(values, near, strict=True)]
-        return list(zip(low, high, [max(1.0, 0.15 * gap) for gap in near], strict=True))
+        ways = [min(pair) for pair in itertools.pairwise([gaps[0], *gaps])]
+        return [
+            (t - FAR * way, min(t + FAR * way, train_steps - 1), max(1.0, NEAR * way))
+            for t, way in zip(values, ways, strict=True)
+        ]
 
     def last_first(self) -> list[int]:
         """Indices of values, those of the last steps first: the memo then knows the early steps."""
