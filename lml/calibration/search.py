@@ -57,8 +57,8 @@ KINDS = {
     ),  # c; at a damping of 1/8 nearly all of the anchors' part is gone
     "length": Kind(0.5, 1.5, 0.02),
 }
-# A timestep moves by at most FAR of the way to its nearer neighbour in a round, and by NEAR of it for
-# a derivative.
+# A timestep moves by at most FAR of the way to its nearer neighbour in a round, and by NEAR of it
+# for a derivative.
 FAR, NEAR = 0.4, 0.15
 
 
