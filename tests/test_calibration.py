@@ -497,7 +497,10 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
         (["fine.solver=none"], "fine.solver=none"),
         (["searched=0"], "searched=0"),
         (["solver=authors_dpm_lm"], "released"),
-        (["timesteps=true"], "timesteps=true: not with solver=ddim, whose grid is fixed; with dpm"),
+        (
+            ["timesteps=true"],
+            "timesteps=true: not with solver=ddim, whose grid is fixed; with deis, dpm",
+        ),
         (["timesteps=maybe"], "timesteps=maybe"),
     ],
 )
