@@ -204,6 +204,16 @@ def test_a_study_has_a_page_and_keeps_it_without_its_runs(make_run, tmp_path, mo
     assert second["samples"] == [] and second["metrics"] == first["metrics"]
 
 
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("experiments/*/index.html")), ids=lambda file: file.parent.name
+)
+def test_the_page_of_a_committed_study_is_todays(file):
+    template = (page.HERE / "page.html").read_text()
+    text = file.read_text()
+    for part in re.split(r"{{\w+}}", template):
+        assert part in text
+
+
 def test_any_runs_make_a_page(script, make_run, tmp_path):
     for k, name in enumerate(("a", "b")):
         make_run(seed=k, name=name)
