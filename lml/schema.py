@@ -270,7 +270,7 @@ class Sample(Searching, Sampling):
 class FineSolution:
     """The solution that a calibration aims at."""
 
-    solver: Text
+    solver: Text | None
     nfe: SeveralEvaluations | None
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 
-from lml import calibration, schedulers
+from lml import calibration, configs, schedulers
 from lml.calibration import Choice, Objective, Problem, calibrate, calibrate_pipeline
 from lml.calibration.search import Memo, Progress, _step, memoised, most_evaluations
 from lml.data.assets import ROOT
@@ -509,6 +509,28 @@ def test_bad_input_is_one_line(script, tmp_path, arguments, message):
     assert outcome.code == 2, outcome.err
     assert message in outcome.err and len(outcome.err.strip().splitlines()) == 1
     assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        name
+        for name in configs.names("solver")
+        if not name.startswith("authors_") and not name.endswith("_calibrated")
+    ],
+)
+def test_every_solver_is_calibrated_or_says_why_not(script, tmp_path, solver):
+    model = "gaussian_flow" if solver.startswith("flow") else "gaussian"
+    words = [f"model={model}", "model.network.sample_size=4", f"solver={solver}", *SMALL[4:]]
+    outcome = script("calibrate", *words, *SEARCH)
+    if solver in ("euler_ancestral", "ipndm_diffusers"):
+        assert outcome.code == 2
+        assert re.search("adds noise|not for gaussian, whose noise schedule", outcome.err)
+        return
+    assert outcome.code == 0, outcome.err
+    (path,) = files(tmp_path)
+    errors = json.loads(path.read_text())["errors"]
+    assert errors["calibrated"]["searched"] <= errors["off"]["searched"]
 
 
 def test_a_calibration_of_something_else_is_refused(script, made, small, tmp_path):

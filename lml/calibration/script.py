@@ -40,10 +40,11 @@ from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
 from lml.runs.solver import check_start, find_steps, make_scheduler, read_solver
-from lml.schedulers import aligned
+from lml.schedulers import LMLSchedulerMixin, aligned
 from lml.seals import canonical, sealed, why_not_sealed
 
 STATE = "state.json"  # from which an interrupted search continues
+FINE_SOLVER = "dpmsolverpp"
 PROTOCOL = ("seed", "searched", "unseen", "ranks", "rounds", "fine", "batch_size", "dtype")
 
 
@@ -152,8 +153,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     device = use_device(config["device"], config["threads"])
     with joined():
         model = find_model(config["model"])
+        config["fine"]["solver"] = config["fine"]["solver"] or _fine_solver(config, model)
         scheduler = make_scheduler({**config, "lml": {**config["lml"], "rank": 1}}, model)
-        if not hasattr(scheduler, "dampings"):
+        if not isinstance(scheduler, LMLSchedulerMixin):
             raise UserError(f"solver={config['solver']['name']}: has no LML to calibrate")
         if scheduler.correction_class is not LMLCorrection:
             raise UserError(
@@ -182,6 +184,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         values = _calibrate(config, model, scheduler, settings, folder, device)
         on_first(lambda: _store(folder, values))
         return values
+
+
+def _fine_solver(cfg: Mapping[str, Any], model: Model) -> str:
+    """DPM-Solver++(3M), or the calibrated solver itself if the former does not fit the model."""
+    solver = read_solver(FINE_SOLVER, "fine.solver")
+    try:
+        make_scheduler({**cfg, "solver": solver, "grid": {}, "lml": {"rank": 0}}, model)
+    except UserError:
+        return cfg["solver"]["name"]
+    return FINE_SOLVER
 
 
 def _solvers_with_timesteps() -> Iterator[str]:

@@ -64,8 +64,13 @@ def reference_run(
         "lml": {"rank": 0},
         "nfe": nfe,
     }
-    # Other jobs of a sweep may need the same reference at the same time.
-    return generate(fine, device, observer, wait=True, latents=latents)[0].images
+    try:
+        # Other jobs of a sweep may need the same reference at the same time.
+        return generate(fine, device, observer, wait=True, latents=latents)[0].images
+    except UserError as error:
+        if str(error).startswith("solver="):  # it is not the run's solver
+            raise UserError(f"metrics.convergence.{error}") from None
+        raise
 
 
 def replay(config: Mapping[str, Any], device: torch.device, count: int) -> Replay:

@@ -197,6 +197,8 @@ class LMLSchedulerMixin:
 
     def _training_timesteps(self) -> list[float]:
         """The timesteps of the grid, in [0, T]."""
+        if self.timesteps is None:  # PNDM has none before
+            raise ValueError("there is no grid yet; call set_timesteps first")
         return self.timesteps.tolist()
 
     def _own(self, option: str):

@@ -775,6 +775,15 @@ def test_compile_makes_nearly_the_same_images(script, toy, finished, tmp_path):
         assert np.abs(ours - theirs).max() <= 1
 
 
+def test_a_reference_whose_solver_does_not_fit_the_model_is_named_by_its_key(script):
+    flow = ["model=gaussian_flow", "solver=flow_euler", "num_images=1", "threads=1", "nfe=2"]
+    flow += ["metrics=[convergence]", "metrics.convergence.nfe=4"]
+    outcome = script("sample", *flow)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith("metrics.convergence.solver=dpmsolverpp: not for gaussian_flow")
+    assert script("sample", *flow, "metrics.convergence.solver=flow_euler").code == 0
+
+
 def test_runs_of_a_sweep_share_the_network(script, toy, tmp_path, monkeypatch):
     """Loaded once, and counted and timed afresh in every run."""
     loads = []
