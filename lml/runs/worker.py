@@ -72,7 +72,14 @@ class Worker:
         """
         sampler, block = self.sampler(), self.blocks(self.plan.cfg["num_images"])[0]
         few = math.ceil(2 / (self.plan.cfg["model"].get("strength") or 1))
-        short = replace(self, plan=replace(self.plan, steps=min(few, self.plan.steps)))
+        steps, scheduler = min(few, self.plan.steps), self.plan.scheduler
+        # a list has an entry for each step of the whole trajectory
+        plain = {"damping": None, "length": 1.0}
+        lists = [key for key in plain if isinstance(scheduler.config.get(key), Sequence)]
+        scheduler = type(scheduler).from_config(
+            scheduler.config, **{key: plain[key] for key in lists}
+        )
+        short = replace(self, plan=replace(self.plan, steps=steps, scheduler=scheduler))
         short._batch(sampler, block, Stopwatch(self.device))
         start = time.perf_counter()
         self._batch(sampler, block, Stopwatch(self.device))

@@ -250,6 +250,14 @@ def test_what_it_takes_is_told_at_the_rate_of_the_newest_runs(script, tmp_path, 
     assert len(measured) == 2  # another type takes another time
 
 
+@pytest.mark.parametrize("option", ["lml.damping=[8,8,8,8]", "lml.length=[1,1,1,0.9]"])
+def test_the_rate_is_measured_where_each_step_has_an_option_of_its_own(script, option):
+    """It is measured on fewer steps."""
+    outcome = script("sample", *TOY, option, "seed=0,100")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"2 cells; to make: .* at [\d,]+ eval", outcome.out)
+
+
 def test_cells_are_planned_with_a_bar_and_composed_once_a_choice_of_groups(
     script, tmp_path, monkeypatch
 ):
