@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,16 @@ def _choice(cfg: Mapping[str, Any], group: str) -> str:
     return cfg[group].get("name", "default")
 
 
+@functools.cache  # the cells of a sweep share it
+def _composed(*words: str) -> dict[str, Any]:
+    cfg = configs.compose(*words, config="calibrate")
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
 def _options(cfg: Mapping[str, Any]) -> Iterator[str]:
     """What to type after scripts/calibrate.py for a run, beside its solver, grid and nfe."""
     choices = [f"{group}={_choice(cfg, group)}" for group in GROUPS]
-    usual = configs.compose(*choices, f"nfe={cfg['nfe']}", config="calibrate")
-    usual = OmegaConf.to_container(usual, resolve=True)
+    usual = _composed(*choices, f"nfe={cfg['nfe']}")
     yield choices[0]
     if cfg["prompts"]:
         yield f"prompts={_choice(cfg, 'prompts')}"
@@ -87,10 +93,11 @@ def _command(options: Sequence[str], cfgs: Sequence[Mapping[str, Any]]) -> str:
     return " ".join([f"python scripts/calibrate.py{swept}", *map(shell_quoted, words)])
 
 
-def calibrated_name(objective: str, timesteps: bool) -> str:
-    """What a calibrated LML is called: "calibrated", "calibrated (features, timesteps)"."""
+def calibrated_name(lml: Mapping[str, Any]) -> str:
+    """What a calibrated `lml` is called: "calibrated", "calibrated (features, timesteps)"."""
+    objective = lml.get("objective", LML.objective)
     how = [objective] if objective != LML.objective else []
-    how += ["timesteps"] if timesteps else []
+    how += ["timesteps"] if lml.get("timesteps") else []
     return f"calibrated ({', '.join(how)})" if how else "calibrated"
 
 
@@ -179,6 +186,6 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     else:
         raise NoCalibrationError([cfg])
     rest = {key: value for key, value in lml.items() if key not in CHOSEN_BY_IT}
-    name = calibrated_name(objective, timesteps)
+    name = calibrated_name(lml)
     grid = {**cfg["grid"], **(values.get("grid") or {})}
     return {**cfg, "grid": grid, "lml": {"name": name, **rest, **values["lml"]}}

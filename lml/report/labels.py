@@ -19,7 +19,7 @@ from lml.seals import canonical
 OFF, DEFAULT, PUBLISHED = "off", "default", "published"
 
 CALIBRATIONS = tuple(
-    calibrated_name(objective, timesteps)
+    calibrated_name({"objective": objective, "timesteps": timesteps})
     for timesteps in (False, True)
     for objective in get_args(CalibrationObjective)
 )
@@ -118,7 +118,7 @@ def lml_label(options: str, solver: str, nfe: int, model: str) -> str:
     older = [] if version == METHOD_VERSION else [f"method {version}"]
     name = ours.pop("name", None)
     if "calibration" in ours:  # of a cell that has no calibration
-        name = calibrated_name(ours["objective"], ours.get("timesteps", False))
+        name = calibrated_name(ours)
     if name in CALIBRATIONS:  # dampings differ from run to run
         return ", ".join([name, *older])
     changes = {name: _changes(ours, _preset(name, solver, nfe, model)) for name in PRESETS}
