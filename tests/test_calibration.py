@@ -10,7 +10,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    TextToVideoSDPipeline,
+    UNet3DConditionModel,
+)
+from PIL import Image
 
 from lml import calibration, configs, schedulers
 from lml.calibration import Choice, Objective, Problem, calibrate, calibrate_pipeline
@@ -284,6 +292,61 @@ def test_a_pipeline_without_latents(tiny_model):
     pipe.scheduler = schedulers.LMLDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     found = calibrate_pipeline(pipe, None, 4, samples=4, fine_steps=12, batch_size=2, rounds=1)
     assert found.errors["off"]["unseen"] > 0
+
+
+def test_a_pipeline_that_makes_videos(pipelines):
+    """Its output has `frames`, and no `images`."""
+    made = DiffusionPipeline.from_pretrained(pipelines / "sd15")
+    torch.manual_seed(0)
+    unet = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    scheduler = schedulers.LMLDPMSolverMultistepScheduler.from_config(made.scheduler.config)
+    pipe = TextToVideoSDPipeline(made.vae, made.text_encoder, made.tokenizer, unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    found = calibrate_pipeline(
+        pipe, ["a cat"], 4, samples=4, fine_steps=12, batch_size=2, rounds=1, num_frames=2
+    )
+    assert found.errors["off"]["unseen"] > 0
+
+
+def test_a_pipeline_that_begins_with_an_image(pipelines):
+    """It takes no latents, and skips the first steps."""
+    parts = DiffusionPipeline.from_pretrained(pipelines / "sd15").components
+    parts["scheduler"] = schedulers.LMLDDIMScheduler.from_config(parts["scheduler"].config)
+    pipe = StableDiffusionImg2ImgPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"image": Image.new("RGB", (16, 16), (200, 30, 10)), "strength": 0.6}
+    found = calibrate_pipeline(
+        pipe, ["a cat"], 8, samples=4, fine_steps=40, batch_size=2, rounds=1, **options
+    )
+    assert found.errors["calibrated"]["searched"] < found.errors["off"]["searched"]
+    scheduler = pipe.scheduler
+    assert pipe("a cat", num_inference_steps=8, **options).images and pipe.scheduler is scheduler
+
+
+def test_a_pipelines_calibration_has_one_progress_bar(tiny_model, capfd):
+    pipe = DDPMPipeline.from_pretrained(tiny_model)
+    pipe.scheduler = schedulers.LMLDDIMScheduler.from_config(pipe.scheduler.config)
+    capfd.readouterr()  # loading has a bar, too
+    bars = []
+    for options in ({}, {"disable": True}):
+        pipe.set_progress_bar_config(**options)
+        calibrate_pipeline(pipe, None, 4, samples=4, fine_steps=12, batch_size=2, rounds=1)
+        bars.append(re.findall(r"[/]([0-9]+) \[00:00<\?", capfd.readouterr().err))
+    assert len(bars[0]) == 1 and not bars[1]
+    pipe(num_inference_steps=4)
+    assert not capfd.readouterr().err  # as it was set
+    pipe.set_progress_bar_config()
+    pipe(num_inference_steps=4)
+    assert "4/4" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -577,6 +640,12 @@ def test_the_message_says_the_command_that_makes_it(script, tiny_model, tmp_path
     assert name == "calibrate.py" and ("'a, b'" in str(options)) == ("model.path" in command)
     assert script("calibrate", *words, *SEARCH).code == 0
     assert script(*sample).code == 0
+
+
+def test_no_command_is_said_for_a_grid_that_is_fixed(script):
+    outcome = script("sample", *SMALL, "lml=calibrated", "lml.timesteps=true", "num_images=2")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith("lml.timesteps=true: not with solver=ddim, whose grid is fixed")
 
 
 def test_what_is_in_assets_is_found(script, tmp_path):

@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lml.calibration import search
-from lml.calibration.search import Calibration, Objective, Problem, adds_noise, calibrate
+from lml.calibration.search import (
+    Calibration,
+    Objective,
+    Problem,
+    adds_noise,
+    calibrate,
+    most_evaluations,
+)
 from lml.schedulers.mixin import LMLSchedulerMixin
 
 
@@ -32,7 +40,9 @@ def calibrate_pipeline(
 
     If LML does not help, LML is off in the scheduler. The calibration compares latents (or images,
     if the pipeline has no latents) with those of `fine_steps` steps without LML from the same
-    noise. It searches with the first half of the samples and checks with the second.
+    noise. It searches with the first half of the samples and checks with the second. A progress
+    bar counts network evaluations times samples; the pipeline's own bars are hidden meanwhile, and
+    `pipe.set_progress_bar_config(disable=True)` hides this one.
 
     Args:
         pipe: a pipeline whose scheduler is one of `lml.schedulers`.
@@ -72,13 +82,14 @@ def calibrate_pipeline(
         else:
             options["batch_size"] = len(indices)
         pipe.scheduler = solver
-        images = pipe(
+        samples, *_ = pipe(  # called images, frames or audios
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed + i) for i in indices],
             output_type="latent" if has_latents else "np",
+            return_dict=False,
             **options,
-        ).images
-        return torch.as_tensor(images).float()
+        )
+        return torch.as_tensor(samples).float()
 
     def flat(samples: Tensor) -> Tensor:
         return samples.flatten(1)
@@ -94,11 +105,18 @@ def calibrate_pipeline(
         Objective("rmse", flat, flat),
         batch_size,
     )
+    halves = range(count // 2), range(count // 2, count)
+    protocol = (ranks, rounds, timesteps)
+    total = most_evaluations(problem, *map(len, halves), *protocol)
+    own = getattr(pipe, "_progress_bar_config", {})  # what set_progress_bar_config was given
+    bar = tqdm(**{"total": total, "unit": "eval", "unit_scale": True, **own})
+    pipe.set_progress_bar_config(**{**own, "disable": True})  # one bar, not one a trajectory
     try:
-        halves = range(count // 2), range(count // 2, count)
-        found = calibrate(problem, *halves, ranks, rounds, timesteps)
+        with bar:
+            found = calibrate(problem, *halves, *protocol, tell=bar.update)
     finally:
         pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(**own)
     pipe.scheduler = found.choice.apply(scheduler)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import torch
 from diffusers import SchedulerMixin
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lml import configs, schema
+from lml import schema
 from lml.calibration import stored
 from lml.calibration.search import (
     CalibrationError,
@@ -40,7 +39,7 @@ from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
 from lml.runs.solver import check_start, find_steps, make_scheduler, read_solver
-from lml.schedulers import LMLSchedulerMixin, aligned
+from lml.schedulers import LMLSchedulerMixin
 from lml.seals import canonical, sealed, why_not_sealed
 
 STATE = "state.json"  # from which an interrupted search continues
@@ -167,12 +166,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 f"solver={config['solver']['name']}: adds noise, so no fine solution has the same "
                 "noise"
             )
-        if config["timesteps"] and aligned.OPTION.name not in scheduler.config:
-            others = ", ".join(_solvers_with_timesteps())
-            raise UserError(
-                f"timesteps=true: not with solver={config['solver']['name']}, whose grid is fixed; "
-                f"with {others}"
-            )
+        if config["timesteps"]:
+            stored.check_timesteps(config["solver"], "timesteps")
         settings = stored.settings_of(
             config, model.settings, config["objective"], config["timesteps"]
         )
@@ -194,16 +189,6 @@ def _fine_solver(cfg: Mapping[str, Any], model: Model) -> str:
     except UserError:
         return cfg["solver"]["name"]
     return FINE_SOLVER
-
-
-def _solvers_with_timesteps() -> Iterator[str]:
-    for name in configs.names("solver"):
-        target = configs.option("solver", name).scheduler._target_
-        cls = get_class(target)
-        parent = cls.__bases__[-1]
-        preset = name.startswith("authors_") or name.endswith("_calibrated")
-        if not preset and aligned.takes_grid(parent):
-            yield name
 
 
 def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

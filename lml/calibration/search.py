@@ -14,6 +14,7 @@ were found; then all three together, from the better of this result and that on 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -460,7 +461,7 @@ class _Searches:
 
     def of_timesteps(self) -> Progress:
         """The result of a search of timesteps, with LML off."""
-        values = {"timesteps": _own_timesteps(self.samples.problem)}
+        values = {"timesteps": self.own_timesteps}
         return self._run("timesteps", lambda: self._measured(Progress(0, values, ["timesteps"])))
 
     def with_timesteps(self, rank: int, alone: Progress) -> list[Progress]:
@@ -475,10 +476,22 @@ class _Searches:
             lambda: self._start(rank, **alone.values).with_lengths(),
         )
         best = own if own.error < there.error else there
-        values = {"timesteps": _own_timesteps(self.samples.problem), **best.values}
+        values = {"timesteps": self.own_timesteps, **best.values}
         start = Progress(rank, values, ["damping", "length", "timesteps"])
         every = self._run(f"{rank}, damping, length, timesteps", lambda: self._measured(start))
         return [plain, own, there, every]
+
+    @functools.cached_property
+    def own_timesteps(self) -> list[float]:
+        """The timesteps of the scheduler's own grid, one for each of the steps."""
+        scheduler, steps = self.samples.problem.scheduler, self.samples.problem.steps
+        if aligned.OPTION.name not in scheduler.config:
+            raise CalibrationError(f"the timesteps of {type(scheduler).__name__} are fixed")
+        _count_steps(scheduler, steps)
+        known = scheduler.timesteps.double()
+        if len(known) != steps:  # Heun has all but the first twice
+            known = known.unique_consecutive()
+        return [float(t) for t in _falling(known.tolist())]
 
     def _start(self, rank: int, **values: list[float]) -> Progress:
         """The best of the default and of some dampings that are equal for all steps."""
@@ -498,18 +511,6 @@ class _Searches:
 
     def _measured(self, progress: Progress) -> Progress:
         return replace(progress, error=self.samples.error(progress.choice(), "search"))
-
-
-def _own_timesteps(problem: Problem) -> list[float]:
-    """The timesteps of the scheduler's own grid, one for each of the `steps`."""
-    scheduler = problem.scheduler
-    if aligned.OPTION.name not in scheduler.config:
-        raise CalibrationError(f"the timesteps of {type(scheduler).__name__} are fixed")
-    _count_steps(scheduler, problem.steps)
-    known = scheduler.timesteps.double()
-    if len(known) != problem.steps:  # Heun has all but the first twice
-        known = known.unique_consecutive()
-    return [float(t) for t in _falling(known.tolist())]
 
 
 def _step(JJ: Tensor, Jr: Tensor, mu: float, low: Tensor, high: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from lml import configs
@@ -15,6 +17,7 @@ from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import read_object
 from lml.quoting import hydra_value, shell_quoted
+from lml.schedulers.aligned import OPTION
 from lml.schema import LML, CalibrationFile
 from lml.seals import canonical, differences, sealed, settings_hash, why_not_sealed
 
@@ -101,6 +104,26 @@ def calibrated_name(lml: Mapping[str, Any]) -> str:
     return f"calibrated ({', '.join(how)})" if how else "calibrated"
 
 
+def check_timesteps(solver: Mapping[str, Any], key: str) -> None:
+    """UserError, naming `key`, if the timesteps of the config `solver` cannot be searched."""
+    if not _takes_timesteps(solver["scheduler"]["_target_"]):
+        others = ", ".join(_solvers_with_timesteps())
+        raise UserError(
+            f"{key}=true: not with solver={solver['name']}, whose grid is fixed; with {others}"
+        )
+
+
+def _takes_timesteps(target: str) -> bool:
+    return OPTION.name in inspect.signature(get_class(target)).parameters
+
+
+def _solvers_with_timesteps() -> Iterator[str]:
+    for name in configs.names("solver"):
+        preset = name.startswith("authors_") or name.endswith("_calibrated")
+        if not preset and _takes_timesteps(configs.option("solver", name).scheduler._target_):
+            yield name
+
+
 def settings_of(
     cfg: Mapping[str, Any], model: Mapping[str, Any], objective: str, timesteps: bool
 ) -> dict[str, Any]:
@@ -173,6 +196,8 @@ def calibrated(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
         return dict(cfg)
     objective = lml.get("objective", LML.objective)
     timesteps = lml.get("timesteps", LML.timesteps)
+    if timesteps:
+        check_timesteps(cfg["solver"], "lml.timesteps")
     settings = settings_of(cfg, model, objective, timesteps)
     if lml["calibration"] is not None:
         values = read(Path(lml["calibration"]), "lml.calibration")
