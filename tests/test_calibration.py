@@ -116,6 +116,28 @@ def test_networks_are_not_evaluated_where_nothing_changed(gaussian):
     assert "forward" not in vars(gaussian)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_network_stays_compiled(in_place):
+    """And each graph is compiled once."""
+    graphs = []
+    backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    network = torch.nn.Linear(3, 3)
+    if in_place:
+        network.compile(backend=backend)
+    else:
+        network = torch.compile(network, backend=backend)
+    x = torch.randn(2, 3)
+    expected = network(x)
+    for _ in range(12):  # more than dynamo recompiles
+        memo = Memo()
+        for _ in range(2):
+            memo.begin()
+            with memoised(network, memo):
+                assert torch.equal(network(x), expected)
+        assert memo.evaluations == 1
+    assert torch.equal(network(x), expected) and len(graphs) == 1
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_step_within_bounds_is_the_least_squares_solution(seed):
     """Without damping; projected coordinate descent in float64 is the second implementation."""

@@ -209,15 +209,17 @@ def _same(x: Any, y: Any) -> bool:
 @contextmanager
 def memoised(network: nn.Module, memo: Memo) -> Iterator[None]:
     """Inside, `network` is not evaluated if `memo` has its output for the same inputs."""
-    forward, owned = network.forward, "forward" in vars(network)
-    network.forward = lambda *args, **kwargs: memo.answer(forward, args, kwargs)
+    # What nn.Module calls: after `network.compile()` that is not `forward`, which is compiled inside.
+    name = "_compiled_call_impl" if vars(network).get("_compiled_call_impl") else "forward"
+    function, owned = getattr(network, name), name in vars(network)
+    setattr(network, name, lambda *args, **kwargs: memo.answer(function, args, kwargs))
     try:
         yield
     finally:
         if owned:
-            network.forward = forward
+            setattr(network, name, function)
         else:
-            del network.forward
+            delattr(network, name)
 
 
 @dataclass
