@@ -854,6 +854,12 @@ def test_the_grey_line_is_the_best_base_of_its_group():
     drawn = figures.curves(tables.build("clip_score", [with_metric(r) for r in given]))
     (line,) = (line for line in drawn.axes[0].lines if line.get_color() == GREY)
     assert line.get_ydata().tolist() == [4, 2]
+    # at 7 there is nothing to be better than: Heun makes an odd number of evaluations
+    odd = [result(solver="heun", nfe=7, value=90, run="odd")]
+    drawn = figures.curves(tables.build("fd", [*(r for r in given if r.model == "m"), *odd]))
+    for axes in drawn.axes:
+        (line,) = (line for line in axes.lines if line.get_color() == GREY)
+        assert line.get_xydata().tolist() == best[0]
     # one solver is its own best
     drawn = figures.curves(tables.build("fd", [r for r in given if r.solver == "ddim"]))
     assert not any(line.get_color() == GREY for axes in drawn.axes for line in axes.lines)

@@ -350,13 +350,13 @@ def curves(table: Table) -> Figure | None:
 
 
 def _best_bases(table: Table, nfes: Sequence[int]) -> dict[Group, dict[int, float]]:
-    """Of each group with several solvers or grids without LML, the best mean at each number."""
+    """Of each group, the best mean without LML at each number that several solvers or grids have."""
     found: dict[Group, dict[int, float]] = {}
     for group in table.groups:
         bases = [row for row in table.rows if row.group == group and row.lml == OFF]
-        if len(bases) > 1:
-            best = {nfe: table.best(bases, nfe) for nfe in nfes}
-            found[group] = {n: table.rows[row][n].mean for n, row in best.items() if row}
+        several = [nfe for nfe in nfes if sum(nfe in table.rows[row] for row in bases) > 1]
+        best = {nfe: table.best(bases, nfe) for nfe in several}
+        found[group] = {n: table.rows[row][n].mean for n, row in best.items() if row}
     return {group: line for group, line in found.items() if line}
 
 
