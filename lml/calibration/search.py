@@ -209,7 +209,7 @@ def _same(x: Any, y: Any) -> bool:
 @contextmanager
 def memoised(network: nn.Module, memo: Memo) -> Iterator[None]:
     """Inside, `network` is not evaluated if `memo` has its output for the same inputs."""
-    # What nn.Module calls: after `network.compile()` that is not `forward`, which is compiled inside.
+    # After `network.compile()` nn.Module calls this, which has `forward` compiled inside it.
     name = "_compiled_call_impl" if vars(network).get("_compiled_call_impl") else "forward"
     function, owned = getattr(network, name), name in vars(network)
     setattr(network, name, lambda *args, **kwargs: memo.answer(function, args, kwargs))

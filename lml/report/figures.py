@@ -350,7 +350,7 @@ def curves(table: Table) -> Figure | None:
 
 
 def _best_bases(table: Table, nfes: Sequence[int]) -> dict[Group, dict[int, float]]:
-    """Of each group, the best mean without LML at each number that several solvers or grids have."""
+    """Of each group, the best mean without LML at each number that several rows have."""
     found: dict[Group, dict[int, float]] = {}
     for group in table.groups:
         bases = [row for row in table.rows if row.group == group and row.lml == OFF]
