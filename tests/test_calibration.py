@@ -668,6 +668,9 @@ def test_no_command_is_said_for_a_grid_that_is_fixed(script):
     outcome = script("sample", *SMALL, "lml=calibrated", "lml.timesteps=true", "num_images=2")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
     assert outcome.err.startswith("lml.timesteps=true: not with solver=ddim, whose grid is fixed")
+    arguments = ["lml=calibrated", "lml.timesteps=true", "solver.scheduler._target_=no.such"]
+    outcome = script("sample", *SMALL, *arguments, "num_images=2")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
 
 
 def test_what_is_in_assets_is_found(script, tmp_path):
