@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -11,9 +12,12 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     StableDiffusionImg2ImgPipeline,
     TextToVideoSDPipeline,
     UNet3DConditionModel,
@@ -371,6 +375,53 @@ def test_a_pipelines_calibration_has_one_progress_bar(tiny_model, capfd):
     assert "4/4" in capfd.readouterr().err
 
 
+def of_call(pipe, prompts=None, **call) -> dict:
+    """The errors of a calibration of `pipe` for these arguments."""
+    cls = schedulers.LMLDPMSolverMultistepScheduler
+    if "FlowMatch" in type(pipe.scheduler).__name__:
+        cls = schedulers.LMLFlowMatchEulerDiscreteScheduler
+    before = pipe.scheduler
+    pipe.scheduler = cls.from_config(before.config)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"num_inference_steps": 4, "samples": 4, "fine_steps": 12, "batch_size": 2, "rounds": 1}
+    found = calibrate_pipeline(pipe, prompts, **size, **call)
+    pipe.scheduler = before
+    return found.errors
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_texts_are_for_all_samples_and_lists_for_one_in_turn(pipelines, name):
+    pipe = DiffusionPipeline.from_pretrained(pipelines / name)
+    assert of_call(pipe, "a cat") == of_call(pipe, ["a cat"]) != of_call(pipe, ["a", "cat"])
+    prompts = ["a cat", "a dog", "a bird"]
+    texts = of_call(pipe, prompts, negative_prompt="bad")
+    assert texts == of_call(pipe, prompts, negative_prompt=["bad"]) != of_call(pipe, prompts)
+    accepted = inspect.signature(pipe.encode_prompt).parameters
+    asked = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    asked |= {key: prompts for key in ("prompt", "prompt_2", "prompt_3") if key in accepted}
+    made = pipe.encode_prompt(negative_prompt=["bad"] * 3, **asked)
+    keys = ("", "negative_", "pooled_", "negative_pooled_")
+    embeddings = {f"{key}prompt_embeds": value for key, value in zip(keys, made, strict=False)}
+    assert of_call(pipe, **embeddings)["off"] == pytest.approx(texts["off"], rel=1e-4)
+
+
+def test_class_labels_are_taken_in_turn(pipelines):
+    """DiT's pipeline takes neither prompts nor the number of images."""
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+    )
+    vae = DiffusionPipeline.from_pretrained(pipelines / "sd15").vae
+    pipe = DiTPipeline(network.eval(), vae, DDIMScheduler())
+    errors = of_call(pipe, class_labels=[207, 360])
+    assert errors == of_call(pipe, class_labels=[207, 360] * 2) != of_call(pipe, class_labels=[207])
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -378,6 +429,11 @@ def test_a_pipelines_calibration_has_one_progress_bar(tiny_model, capfd):
         ({"samples": 1}, "samples=1"),
         ({"eta": 1.0}, "adds noise"),
         ({"num_inference_steps": 1}, "single step"),
+        ({"generator": torch.Generator()}, "^generator: calibrate_pipeline sets it"),
+        ({"latents": torch.zeros(1)}, "^latents: calibrate_pipeline sets it"),
+        ({"output_type": "pil"}, "^output_type: calibrate_pipeline sets it"),
+        ({"num_images_per_prompt": 2}, "^num_images_per_prompt: calibrate_pipeline sets it"),
+        ({"prompt": "a dog"}, "^prompt: calibrate_pipeline sets it"),
     ],
 )
 def test_a_pipeline_that_can_not_be_calibrated_keeps_its_scheduler(pipelines, options, error):
@@ -386,7 +442,7 @@ def test_a_pipeline_that_can_not_be_calibrated_keeps_its_scheduler(pipelines, op
     with pytest.raises(TypeError, match=r"not one of lml\.schedulers"):
         calibrate_pipeline(pipe, ["a cat"])
     pipe.scheduler = before = schedulers.LMLDDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((TypeError, ValueError), match=error):
         calibrate_pipeline(pipe, **{"prompts": ["a cat"], "num_inference_steps": 4, **options})
     assert pipe.scheduler is before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,16 @@ from lml.calibration.search import (
 )
 from lml.schedulers.mixin import LMLSchedulerMixin
 
+# Arguments of a pipeline that `calibrate_pipeline` gives it, or that would give it more images.
+GIVEN = re.compile("prompt|generator|latents|output_type|return_dict|num_.*_per_prompt")
+# Those that have a value for each sample, and among them the texts.
+PER_SAMPLE = re.compile(".*prompt.*|class_labels")
+TEXT = re.compile("(negative_)?prompt(_[0-9]+)?")
+
 
 def calibrate_pipeline(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     num_inference_steps: int = 6,
     samples: int | None = None,
     fine_steps: int | None = None,
@@ -47,15 +54,18 @@ def calibrate_pipeline(
     Args:
         pipe: a pipeline whose scheduler is one of `lml.schedulers`.
         prompts: prompts like those of later use; the samples take them in turn. None for a
-            pipeline without prompts.
+            pipeline without prompts, or if `call` has their embeddings.
         num_inference_steps: the number of steps of later use.
         samples: the number of samples, at least 2; 32 by default.
         fine_steps: the steps of the fine solution; by default five times as many, at least 40.
         timesteps: whether to search timesteps, too; for schedulers with `aligned_timesteps`.
         call: other arguments of the pipeline's call: `guidance_scale`, `height`, `width` ...
+            A text, such as `negative_prompt`, is for all samples. The samples take lists of texts
+            and of `class_labels`, and the rows of embeddings such as `prompt_embeds`, in turn.
 
     Raises:
-        TypeError: the scheduler is not one of `lml.schedulers`.
+        TypeError: the scheduler is not one of `lml.schedulers`, or `call` has an argument that is
+            set here.
         ValueError: there are no prompts, or nothing to measure (see `calibrate`).
     """
     scheduler = pipe.scheduler
@@ -64,8 +74,13 @@ def calibrate_pipeline(
             f"{type(scheduler).__name__}: not one of lml.schedulers; "
             "set pipe.scheduler = LML….from_config(pipe.scheduler.config) first"
         )
-    if prompts is not None and not len(prompts):
-        raise ValueError("prompts: expected at least one, or None")
+    for key in call:
+        if GIVEN.fullmatch(key):
+            raise TypeError(f"{key}: calibrate_pipeline sets it, from its prompts and its seed")
+    if prompts is not None:
+        call["prompt"] = prompts if isinstance(prompts, str) else list(prompts)
+        if call["prompt"] == []:
+            raise ValueError("prompts: expected at least one, or None")
     count = 32 if samples is None else samples
     if count < 2:
         raise ValueError(f"samples={count}: expected at least 2")
@@ -76,10 +91,8 @@ def calibrate_pipeline(
 
     @torch.no_grad()
     def sample(solver: SchedulerMixin, steps: int, indices: Sequence[int]) -> Tensor:
-        options = dict(call)
-        if prompts is not None:
-            options["prompt"] = [prompts[i % len(prompts)] for i in indices]
-        else:
+        options = {key: _of_samples(key, value, indices) for key, value in call.items()}
+        if not any(map(PER_SAMPLE.fullmatch, options)):
             options["batch_size"] = len(indices)
         pipe.scheduler = solver
         samples, *_ = pipe(  # called images, frames or audios
@@ -119,6 +132,16 @@ def calibrate_pipeline(
         pipe.set_progress_bar_config(**own)
     pipe.scheduler = found.choice.apply(scheduler)
     return found
+
+
+def _of_samples(key: str, value: Any, indices: Sequence[int]) -> Any:
+    """The argument `key` of the pipeline's call for the samples with `indices`."""
+    if isinstance(value, str):
+        return [value] * len(indices) if TEXT.fullmatch(key) else value
+    if not PER_SAMPLE.fullmatch(key) or not isinstance(value, (Sequence, Tensor)):
+        return value
+    chosen = [i % len(value) for i in indices]
+    return value[chosen] if isinstance(value, Tensor) else [value[k] for k in chosen]
 
 
 def _denoiser(pipe: DiffusionPipeline) -> nn.Module:

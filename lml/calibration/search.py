@@ -53,9 +53,8 @@ class Kind:
 
 
 KINDS = {
-    "damping": Kind(
-        0.0, 8.0, 0.3
-    ),  # c; at a damping of 1/8 nearly all of the anchors' part is gone
+    # c; at a damping of 1/8 nearly all of the anchors' part is gone
+    "damping": Kind(0.0, 8.0, 0.3),
     "length": Kind(0.5, 1.5, 0.02),
 }
 # A timestep moves by at most FAR of the way to its nearer neighbour in a round, and by NEAR of it
