@@ -486,7 +486,7 @@ class _Searches:
     def own_timesteps(self) -> list[float]:
         """The timesteps of the scheduler's own grid, one for each of the steps."""
         scheduler, steps = self.samples.problem.scheduler, self.samples.problem.steps
-        if aligned.OPTION.name not in scheduler.config:
+        if not aligned.takes_option(type(scheduler)):
             raise CalibrationError(f"the timesteps of {type(scheduler).__name__} are fixed")
         _count_steps(scheduler, steps)
         known = scheduler.timesteps.double()

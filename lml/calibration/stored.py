@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lml.data.assets import ROOT
 from lml.errors import UserError
 from lml.files import read_object
 from lml.quoting import hydra_value, shell_quoted
-from lml.schedulers.aligned import OPTION
+from lml.schedulers.aligned import takes_option
 from lml.schema import LML, CalibrationFile
 from lml.seals import canonical, differences, sealed, settings_hash, why_not_sealed
 
@@ -115,7 +114,7 @@ def check_timesteps(solver: Mapping[str, Any], key: str) -> None:
 def _takes_timesteps(target: str) -> bool:
     # what is none of ours is refused where schedulers are made
     cls = vars(schedulers).get(target.removeprefix("lml.schedulers."))
-    return cls is None or OPTION.name in inspect.signature(cls).parameters
+    return cls is None or takes_option(cls)
 
 
 def _solvers_with_timesteps() -> Iterator[str]:

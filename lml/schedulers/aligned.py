@@ -22,6 +22,11 @@ def takes_grid(scheduler: type) -> bool:
     return "beta_start" in options and (takes_timesteps(scheduler) or "solver_order" in options)
 
 
+def takes_option(scheduler: type) -> bool:
+    """Whether the class, one of `lml.schedulers`, takes `aligned_timesteps`."""
+    return OPTION.name in inspect.signature(scheduler).parameters
+
+
 def takes_timesteps(scheduler: type) -> bool:
     """Whether `set_timesteps` of the class takes `timesteps`."""
     return "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
