@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -343,6 +344,82 @@ def test_a_pipeline_that_makes_videos(pipelines):
     assert found.errors["off"]["unseen"] > 0
 
 
+def of_call(pipe, prompts=None, **call) -> dict:
+    """The errors of a calibration of `pipe` for these arguments."""
+    before, cls = pipe.scheduler, schedulers.LMLDPMSolverMultistepScheduler
+    if not isinstance(before, schedulers.LMLSchedulerMixin):
+        if "FlowMatch" in type(before).__name__:
+            cls = schedulers.LMLFlowMatchEulerDiscreteScheduler
+        pipe.scheduler = cls.from_config(before.config)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"num_inference_steps": 4, "samples": 4, "fine_steps": 12, "batch_size": 2, "rounds": 1}
+    found = calibrate_pipeline(pipe, prompts, **size, **call)
+    pipe.scheduler = before
+    return found.errors
+
+
+def wan() -> DiffusionPipeline:
+    """A tiny Wan, which makes videos, without its text encoder."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    network = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32, num_layers=1
+    )
+    solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = diffusers.UniPCMultistepScheduler(**solver)
+    return diffusers.WanPipeline(None, None, vae, scheduler, network)
+
+
+def qwen() -> DiffusionPipeline:
+    """A tiny Qwen-Image without its text encoder; its grid is shifted by the size of the image."""
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+    network = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 4, 4),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=0.02
+    )
+    return diffusers.QwenImagePipeline(scheduler, vae, None, None, network)
+
+
+@pytest.mark.parametrize("build", [wan, qwen])
+def test_a_pipeline_by_its_embeddings(build):
+    torch.manual_seed(0)
+    pipe, signs = build(), ("", "negative_")
+    pipe.set_progress_bar_config(disable=True)
+    embeddings = {f"{sign}prompt_embeds": torch.randn(3, 8, 32) for sign in signs}
+    call: dict = {"height": 16, "width": 16, "num_frames": 5}
+    if build is qwen:
+        call = {"height": 32, "width": 32, "true_cfg_scale": 4.0}
+        embeddings |= {f"{sign}prompt_embeds_mask": torch.ones(3, 8, dtype=int) for sign in signs}
+    first = {key: value[:1] for key, value in embeddings.items()}
+
+    def sample() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        how = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+        return pipe(generator=noise, **how, **call, **first)[0]
+
+    theirs, cls = sample(), getattr(schedulers, f"LML{type(pipe.scheduler).__name__}")
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, rank=0)
+    assert torch.equal(sample(), theirs)
+    errors = of_call(pipe, **call, **embeddings)
+    assert errors["calibrated"]["searched"] < errors["off"]["searched"]
+
+
 def test_a_pipeline_that_begins_with_an_image(pipelines):
     """It takes no latents, and skips the first steps."""
     parts = DiffusionPipeline.from_pretrained(pipelines / "sd15").components
@@ -373,20 +450,6 @@ def test_a_pipelines_calibration_has_one_progress_bar(tiny_model, capfd):
     pipe.set_progress_bar_config()
     pipe(num_inference_steps=4)
     assert "4/4" in capfd.readouterr().err
-
-
-def of_call(pipe, prompts=None, **call) -> dict:
-    """The errors of a calibration of `pipe` for these arguments."""
-    cls = schedulers.LMLDPMSolverMultistepScheduler
-    if "FlowMatch" in type(pipe.scheduler).__name__:
-        cls = schedulers.LMLFlowMatchEulerDiscreteScheduler
-    before = pipe.scheduler
-    pipe.scheduler = cls.from_config(before.config)
-    pipe.set_progress_bar_config(disable=True)
-    size = {"num_inference_steps": 4, "samples": 4, "fine_steps": 12, "batch_size": 2, "rounds": 1}
-    found = calibrate_pipeline(pipe, prompts, **size, **call)
-    pipe.scheduler = before
-    return found.errors
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
