@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,29 @@ PAGES = [
 ]
 COMMAND = re.compile(r"python scripts/(\w+)\.py([^`#]*)")
 SOLVERS = {
-    "DDIM": ("ddim", "default"),
-    "DPM-Solver++(3M)": ("dpmsolverpp", "default"),
-    "UniPC-3": ("unipc", "default"),
-    "iPNDM-4": ("ipndm", "default"),
-    "DEIS-3": ("deis", "default"),
-    "DPM-Solver++(3M), Karras": ("dpmsolverpp", "karras"),
+    "DDIM": "ddim",
+    "DPM-Solver++(3M)": "dpmsolverpp",
+    "UniPC-3": "unipc",
+    "iPNDM-4": "ipndm",
+    "DEIS-3": "deis",
+    "DPM-Solver-3": "dpmsolver",
+    "DPM-Solver++(3S)": "dpmsolver_singlestep",
+    "PNDM": "pndm",
+    "Euler": "euler",
+    "Heun": "heun",
+}
+METRICS = {
+    "error": "convergence_rmse",
+    "FD-CIFAR": "fd_cifar",
+    "at matched contrast": "fd_cifar_matched",
+}
+LMLS = {"LML off": "off", "with timesteps": "calibrated (timesteps)"}
+# Tables of the README and of the studies' own pages: the study, and how the first header begins.
+SUMMARIES = {
+    "calibrated_cifar10": r"\d+ evaluations",
+    "calibrated_others_cifar10": r"\d+ evaluations, other solvers",
+    "calibrated_20_cifar10": "20 evaluations",
+    "timesteps_cifar10": "evaluations, DEIS-3, trailing",
 }
 
 
@@ -103,18 +122,57 @@ def number_and_change(cell: str) -> tuple[float, str]:
     return float(cell.split()[0].strip("*")), f"{change[1]} %" if change else ""
 
 
-@pytest.mark.parametrize("nfe", ["5", "10"])
-def test_what_lml_is_worth_is_what_the_study_found(nfe):
-    (table,) = [t for t in tables(README) if t[0][0] == f"{nfe} evaluations"]
-    studies = [study("calibrated_cifar10", metric) for metric in ("convergence_rmse", "fd_cifar")]
-    for name, *cells in table[2:]:
-        cells = [cell.strip("*") for cell in cells]
-        for known, digits, mine in zip(studies, (4, 2), (cells[:3], cells[3:]), strict=True):
-            off, *changes = (
-                number_and_change(known[(*SOLVERS[name], lml)][nfe])
-                for lml in ("off", "default", "calibrated")
-            )
-            assert mine == [f"{off[0]:.{digits}f}", *(change for _, change in changes)]
+def results(name: str) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of a study's tables, by metric, solver, grid, LML and number of evaluations."""
+    rows = {}
+    for metric in METRICS.values():
+        with (ROOT / "experiments" / name / f"{metric}.csv").open() as file:
+            for row in csv.DictReader(file):
+                key = (metric, *(row[column] for column in ("solver", "grid", "lml", "nfe")))
+                assert key not in rows
+                rows[key] = row
+    return rows
+
+
+def columns(header: list[str]) -> Iterator[tuple[str, str]]:
+    """Metric and LML of each column but the first: "error, LML off", then "calibrated" ..."""
+    for cell in header[1:]:
+        *named, lml = cell.split(", ")
+        metric = METRICS[named[0]] if named else metric  # noqa: F821
+        yield metric, LMLS.get(lml, lml)
+
+
+def in_short(row: dict[str, str], like: str) -> str:
+    """A row's mean, its change or both, as the cell `like` has them, with as many digits."""
+    mean, change = re.match(r"\d+\.(\d+)", like), re.search(r"[+-]\d+\.?(\d*) %", like)
+    words = []
+    if mean:
+        words.append(f"{float(row['mean']):.{len(mean[1])}f}")
+    if change:
+        words.append(f"{float(row['change'].split()[0]):+.{len(change[1])}f} %")
+    return f"{words[0]} ({words[1]})" if len(words) == 2 else words[0]
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_table_in_short_is_what_its_study_found(name):
+    found, seen = results(name), 0
+    for page in (README, ROOT / "experiments" / name / "README.md"):
+        for header, _, *rows in tables(page):
+            if not re.fullmatch(SUMMARIES[name], header[0]):
+                continue
+            for label, *cells in rows:
+                # "UniPC-3, karras"; "Heun (9)"; or the evaluations, if the header has the solver
+                named = f"{header[0].partition(', ')[2]} ({label})" if label.isdigit() else label
+                solver, grid, nfe = re.fullmatch(
+                    r"(.+?)(?:, (\w+))?(?: \((\d+)\))?", named
+                ).groups()
+                nfe = nfe or header[0].split()[0]
+                for (metric, lml), cell in zip(columns(header), cells, strict=True):
+                    row = found.get((metric, SOLVERS[solver], grid or "default", lml, nfe))
+                    text = cell.replace("*", "")
+                    assert text == (in_short(row, text) if row else ""), (page, label, metric, lml)
+                    seen += 1
+    assert seen >= 20
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "experiments/calibrated_cifar10/README.md"])
@@ -141,6 +199,6 @@ def test_the_changes_with_more_images_are_those_of_its_results():
     (table,) = tables(ROOT / "experiments/count_cifar10/README.md")
     counts, first = study("count_cifar10", "fd_cifar"), study("table1_cifar10", "fd_cifar")
     for solver, *cells in table[2:]:
-        rows = [known[(*SOLVERS[solver], "default")] for known in (counts, first)]
+        rows = [known[SOLVERS[solver], "default", "default"] for known in (counts, first)]
         theirs = [number_and_change(row[nfe])[1] for row in rows for nfe in ("5", "10")]
         assert cells == theirs
