@@ -37,6 +37,7 @@ SOLVERS = {
     "Euler": "euler",
     "Heun": "heun",
 }
+LABEL = re.compile(r"(.+?)(?:, (\w+))?(?: \((\d+)\))?")  # of a row
 METRICS = {
     "error": "convergence_rmse",
     "FD-CIFAR": "fd_cifar",
@@ -109,23 +110,10 @@ def tables(page: Path) -> list[list[list[str]]]:
     return found
 
 
-def study(name: str, metric: str) -> dict[tuple[str, str, str], dict[str, str]]:
-    """The rows of a study's table, by solver, grid and LML."""
-    header, _, *rows = tables(ROOT / "experiments" / name / f"{metric}.md")[0]
-    rows = [dict(zip(header, row, strict=True)) for row in rows]
-    return {(row["solver"], row["grid"], row["LML"]): row for row in rows}
-
-
-def number_and_change(cell: str) -> tuple[float, str]:
-    """Of a cell such as "0.2026 ± 0.0008 (-17.8 ± 0.2 %)": 0.2026 and "-17.8 %", or ""."""
-    change = re.search(r"\(([+-][\d.]+)", cell)
-    return float(cell.split()[0].strip("*")), f"{change[1]} %" if change else ""
-
-
-def results(name: str) -> dict[tuple[str, ...], dict[str, str]]:
+def results(name: str, *metrics: str) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of a study's tables, by metric, solver, grid, LML and number of evaluations."""
     rows = {}
-    for metric in METRICS.values():
+    for metric in metrics:
         with (ROOT / "experiments" / name / f"{metric}.csv").open() as file:
             for row in csv.DictReader(file):
                 key = (metric, *(row[column] for column in ("solver", "grid", "lml", "nfe")))
@@ -155,7 +143,7 @@ def in_short(row: dict[str, str], like: str) -> str:
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_a_table_in_short_is_what_its_study_found(name):
-    found, seen = results(name), 0
+    found, seen = results(name, *METRICS.values()), 0
     for page in (README, ROOT / "experiments" / name / "README.md"):
         for header, _, *rows in tables(page):
             if not re.fullmatch(SUMMARIES[name], header[0]):
@@ -163,9 +151,7 @@ def test_a_table_in_short_is_what_its_study_found(name):
             for label, *cells in rows:
                 # "UniPC-3, karras"; "Heun (9)"; or the evaluations, if the header has the solver
                 named = f"{header[0].partition(', ')[2]} ({label})" if label.isdigit() else label
-                solver, grid, nfe = re.fullmatch(
-                    r"(.+?)(?:, (\w+))?(?: \((\d+)\))?", named
-                ).groups()
+                solver, grid, nfe = LABEL.fullmatch(named).groups()
                 nfe = nfe or header[0].split()[0]
                 for (metric, lml), cell in zip(columns(header), cells, strict=True):
                     row = found.get((metric, SOLVERS[solver], grid or "default", lml, nfe))
@@ -197,8 +183,11 @@ def test_the_best_with_and_without_are_those_of_the_study(page):
 
 def test_the_changes_with_more_images_are_those_of_its_results():
     (table,) = tables(ROOT / "experiments/count_cifar10/README.md")
-    counts, first = study("count_cifar10", "fd_cifar"), study("table1_cifar10", "fd_cifar")
+    known = [results(name, "fd_cifar") for name in ("count_cifar10", "table1_cifar10")]
     for solver, *cells in table[2:]:
-        rows = [known[SOLVERS[solver], "default", "default"] for known in (counts, first)]
-        theirs = [number_and_change(row[nfe])[1] for row in rows for nfe in ("5", "10")]
-        assert cells == theirs
+        rows = [
+            study["fd_cifar", SOLVERS[solver], "default", "default", nfe]
+            for study in known
+            for nfe in ("5", "10")
+        ]
+        assert cells == [in_short(*pair) for pair in zip(rows, cells, strict=True)]
