@@ -121,6 +121,18 @@ def test_networks_are_not_evaluated_where_nothing_changed(gaussian):
     assert "forward" not in vars(gaussian)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_prompts_embeddings_are_kept_once(guided):
+    """Although the steps have them in tensors of their own, and guidance has two."""
+    memo, embeddings = Memo(), torch.randn(1 + guided, 3, 8).unbind()
+    for x in torch.randn(5, 3, 4):
+        for prompt in embeddings:
+            memo.answer(lambda x, prompt: x.add_(1), (x,), {"prompt": prompt.clone()})
+    kept = [known for known, _ in memo.calls]
+    assert len({prompt.data_ptr() for _, prompt in kept}) == len(embeddings)
+    assert len({x.data_ptr() for x, _ in kept}) == len(kept) == memo.evaluations
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_network_stays_compiled(in_place):
     """And each graph is compiled once."""

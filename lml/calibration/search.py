@@ -192,11 +192,22 @@ class Memo:
                 self.position += 1
                 return output
             del self.calls[self.position :]
+        kept = [self._kept(index, value) for index, value in enumerate(given)]
         output = forward(*args, **kwargs)
-        self.calls.append(([v.clone() if isinstance(v, Tensor) else v for v in given], output))
+        self.calls.append((kept, output))
         self.position += 1
         self.evaluations += 1
         return output
+
+    def _kept(self, index: int, value: Any) -> Any:
+        """A copy of an input; that of the call before, or before that, if it is the same.
+
+        The embeddings of a prompt may be larger than all else. With guidance, two may take turns.
+        """
+        for known, _ in reversed(self.calls[-2:]):
+            if index < len(known) and _same(known[index], value):
+                return known[index]
+        return value.clone() if isinstance(value, Tensor) else value
 
 
 def _same(x: Any, y: Any) -> bool:
