@@ -76,7 +76,7 @@ Target = Annotated[
 Sha256 = Annotated[str, Form("[0-9a-f]{64}", "64 hexadecimal digits")]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Attention = Literal["math", "flash", "efficient", "cudnn"]
-CalibrationObjective = Literal["rmse", "features"]
+CalibrationObjective = Literal["rmse", "features", "dinov2", "inception", "lpips"]
 
 
 @dataclass
@@ -286,7 +286,7 @@ class Calibrate(Sampling):
     ranks: list[Annotated[int, Range(1, 64, "so many directions are held in memory")]]
     rounds: Annotated[int, Range(1, 10**6)]
     fine: FineSolution
-    extractor: Made
+    extractor: Made | None
 
 
 @dataclass

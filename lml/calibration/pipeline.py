@@ -12,10 +12,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lml.calibration import search
+from lml.calibration import objectives, search
 from lml.calibration.search import (
     Calibration,
-    Objective,
     Problem,
     adds_noise,
     calibrate,
@@ -41,15 +40,16 @@ def calibrate_pipeline(
     ranks: Sequence[int] = (1,),
     rounds: int = 2,
     timesteps: bool = False,
+    extractor: nn.Module | None = None,
     **call: Any,
 ) -> Calibration:
     """Choose the rank and the damping of each step of `pipe.scheduler`, and set them.
 
     If LML does not help, LML is off in the scheduler. The calibration compares latents (or images,
-    if the pipeline has no latents) with those of `fine_steps` steps without LML from the same
-    noise. It searches with the first half of the samples and checks with the second. A progress
-    bar counts network evaluations times samples; the pipeline's own bars are hidden meanwhile, and
-    `pipe.set_progress_bar_config(disable=True)` hides this one.
+    if the pipeline has no latents), or features of the images, with those of `fine_steps` steps
+    without LML from the same noise. It searches with the first half of the samples and checks with
+    the second. A progress bar counts network evaluations times samples; the pipeline's own bars are
+    hidden meanwhile, and `pipe.set_progress_bar_config(disable=True)` hides this one.
 
     Args:
         pipe: a pipeline whose scheduler is one of `lml.schedulers`.
@@ -59,6 +59,9 @@ def calibrate_pipeline(
         samples: the number of samples, at least 2; 32 by default.
         fine_steps: the steps of the fine solution; by default five times as many, at least 40.
         timesteps: whether to search timesteps, too; for schedulers with `aligned_timesteps`.
+        extractor: a network from uint8 images (N, 3, H, W) to features (N, ...), whose features are
+            compared: torchmetrics' NoTrainInceptionV3, `lml.metrics.lpips.LPIPSFeatures()`,
+            `lml.metrics.dinov2.load_dinov2(FOLDER)` ... None compares the samples themselves.
         call: other arguments of the pipeline's call: `guidance_scale`, `height`, `width` ...
             A text, such as `negative_prompt`, is for all samples. The samples take lists of texts
             and of `class_labels`, and the rows of embeddings such as `prompt_embeds`, in turn.
@@ -85,7 +88,7 @@ def calibrate_pipeline(
     if count < 2:
         raise ValueError(f"samples={count}: expected at least 2")
     accepted = inspect.signature(pipe.__call__).parameters
-    has_latents = "latents" in accepted
+    has_latents = "latents" in accepted and extractor is None
     if adds_noise(scheduler, call):
         raise ValueError("the scheduler adds noise, so no fine solution has the same noise")
 
@@ -102,10 +105,11 @@ def calibrate_pipeline(
             return_dict=False,
             **options,
         )
-        return torch.as_tensor(samples).float()
-
-    def flat(samples: Tensor) -> Tensor:
-        return samples.flatten(1)
+        samples = torch.as_tensor(samples).float()
+        if extractor is None:
+            return samples
+        device = next(extractor.parameters()).device
+        return 2 * samples.to(device).movedim(-1, -3) - 1
 
     fine = type(scheduler).from_config(scheduler.config, rank=0)
     problem = Problem(
@@ -115,7 +119,7 @@ def calibrate_pipeline(
         num_inference_steps,
         fine,
         fine_steps or search.fine_steps(num_inference_steps),
-        Objective("rmse", flat, flat),
+        objectives.of_samples() if extractor is None else objectives.of_features(extractor),
         batch_size,
     )
     halves = range(count // 2), range(count // 2, count)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lml import schema
-from lml.calibration import stored
+from lml.calibration import objectives, stored
 from lml.calibration.search import (
     CalibrationError,
     Objective,
@@ -33,50 +33,41 @@ from lml.device import use_device
 from lml.errors import UserError, first_line, say
 from lml.files import disk_error, read_object, write_json
 from lml.instances import make
-from lml.pipelines import Model, find_model, pixel
+from lml.pipelines import Model, find_model
 from lml.processes import is_first, joined, on_first
 from lml.runs.plan import choose_prompts
 from lml.runs.records import check_output
 from lml.runs.sampling import guarded, load_sampler
 from lml.runs.solver import check_start, find_steps, make_scheduler, read_solver
 from lml.schedulers import LMLSchedulerMixin
-from lml.seals import canonical, sealed, why_not_sealed
+from lml.seals import canonical, differences, sealed, why_not_sealed
 
 STATE = "state.json"  # from which an interrupted search continues
 FINE_SOLVER = "dpmsolverpp"
-PROTOCOL = ("seed", "searched", "unseen", "ranks", "rounds", "fine", "batch_size", "dtype")
+PROTOCOL = (
+    *("seed", "searched", "unseen", "ranks", "rounds", "fine", "extractor"),
+    *("batch_size", "dtype"),
+)
 
 
 def make_objective(cfg: Mapping[str, Any], model: Model, device: torch.device) -> Objective:
-    """The space that samples are compared in: their own, or features of the images."""
-    if cfg["objective"] == "features":
-        network = make(cfg["extractor"], "extractor")
-        if not isinstance(network, nn.Module):
-            target = cfg["extractor"]["_target_"]
-            raise UserError(f"extractor._target_={target}: expected a network")
-        network = network.to(device).eval().requires_grad_(False)
+    """The space that samples are compared in: their own, or features of their images."""
+    if cfg["extractor"] is None:
+        return objectives.of_samples() if model.has_latents else objectives.of_pixels()
+    network = make(cfg["extractor"], "extractor")
+    if not isinstance(network, nn.Module):
+        target = cfg["extractor"]["_target_"]
+        raise UserError(f"extractor._target_={target}: expected a network")
+    network = network.to(device).eval().requires_grad_(False)
 
-        @torch.no_grad()
-        def features(images: Tensor) -> Tensor:
-            try:
-                return network(pixel.to_uint8(images)).flatten(1)
-            except Exception as error:  # its layers may raise anything
-                size, reason = tuple(images.shape[1:]), first_line(error)
-                raise UserError(f"extractor: does not take images of {size} ({reason})") from None
+    def extract(images: Tensor) -> Tensor:
+        try:
+            return network(images)
+        except Exception as error:  # its layers may raise anything
+            size, reason = tuple(images.shape[1:]), first_line(error)
+            raise UserError(f"extractor: does not take images of {size} ({reason})") from None
 
-        return Objective("features", features, features)
-    if model.has_latents:
-        return Objective("rmse", _flat, _flat)
-    # The report rounds as metrics=[convergence] does. Derivatives need values without rounding.
-    return Objective(
-        "rmse",
-        lambda images: _flat(images).clamp(-1, 1),
-        lambda images: _flat(pixel.to_uint8(images)).float() / 127.5 - 1,
-    )
-
-
-def _flat(samples: Tensor) -> Tensor:
-    return samples.flatten(1)
+    return objectives.of_features(extract, cfg["objective"])
 
 
 def check(cfg: Mapping[str, Any]) -> None:
@@ -107,7 +98,7 @@ def make_problem(
     prompts = choose_prompts({**cfg, "num_images": count}, model)
     sampler = load_sampler(cfg, model, device)
     step = cfg["solver"].get("step") or {}
-    decode = cfg["objective"] == "features"
+    decode = cfg["extractor"] is not None
 
     about = {
         "model": model.settings,
@@ -173,10 +164,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         )
         name = stored.folder_name(config, settings)
         folder = Path(config["run_dir"] or Path(stored.PLACES[0], name))
-        found = on_first(lambda: _open(folder, settings, config["overwrite"]))
+        whole = {"settings": settings, "protocol": {key: config[key] for key in PROTOCOL}}
+        found = on_first(lambda: _open(folder, whole, config["overwrite"]))
         if found is not None:
             return found
-        values = _calibrate(config, model, scheduler, settings, folder, device)
+        values = _calibrate(config, model, scheduler, whole, folder, device)
         on_first(lambda: _store(folder, values))
         return values
 
@@ -191,13 +183,16 @@ def _fine_solver(cfg: Mapping[str, Any], model: Model) -> str:
     return FINE_SOLVER
 
 
-def _open(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _open(folder: Path, whole: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The finished calibration in `folder`, which is made if there is none."""
     check_output(folder, "run_dir")
     file = folder / stored.FILE
     if file.exists() and not overwrite:
         values = stored.read(file, "run_dir")
-        if found := stored.differences(settings, values["settings"]):
+        if found := differences(whole["settings"], values["settings"]):
             raise UserError(f"run_dir={folder}: holds another calibration ({found[0]})")
+        if found := differences(whole["protocol"], values.get("protocol") or {}):
+            say(f"run_dir={folder}: was made with {found[0]}; overwrite=true makes it anew")
         return values
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,12 +227,11 @@ def _calibrate(
     cfg: Mapping[str, Any],
     model: Model,
     scheduler: SchedulerMixin,
-    settings: Mapping[str, Any],
+    whole: Mapping[str, Any],
     folder: Path,
     device: torch.device,
 ) -> dict[str, Any]:
     problem = make_problem(cfg, model, scheduler, device)
-    whole = {"settings": settings, "protocol": {key: cfg[key] for key in PROTOCOL}}
     states = on_first(lambda: _read_state(folder / STATE, whole))
 
     def save(states: Mapping[str, Progress]) -> None:

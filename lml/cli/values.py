@@ -14,7 +14,7 @@ from lml.quoting import hydra_quoted, shell_quoted
 
 # Keys whose values are paths. The first line has whole keys: budget.images is a number.
 PATHS = re.compile(
-    r"run_dir|run_dirs\.\d+|runs|out|evaluations|images|layout\.images|metrics\.[^.]+\.model"
+    r"run_dir|run_dirs\.\d+|runs|out|evaluations|images|layout\.images|(metrics\.[^.]+|extractor)\.model"
     r"|(.+\.)?(calibration|control_(image|photo)|features|file|path|reference|tokenizer|weights)"
 )
 

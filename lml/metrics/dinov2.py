@@ -59,6 +59,11 @@ def _positions(embeddings: nn.Module, tokens: Tensor, height: int, width: int) -
     return torch.cat([weights[:, :1], positions.flatten(2).mT], dim=1)
 
 
+def load_dinov2(model: str | Path, revision: str | None = None, key: str = "extractor") -> DINOv2:
+    """DINOv2 from `model`, a hub id or a folder. UserError, naming `key`, if it is not there."""
+    return DINOv2(load_network("Dinov2Model", model, revision, f"{key}.model"))
+
+
 def fd_dinov2(
     reference: str | Path | None,
     model: str | Path = "facebook/dinov2-large",
@@ -71,7 +76,7 @@ def fd_dinov2(
     ViT-L/14.
     """
     prefix = "metrics.fd_dinov2"
-    extractor = DINOv2(load_network("Dinov2Model", model, revision, f"{prefix}.model"))
+    extractor = load_dinov2(model, revision, prefix)
     source = find_reference(reference, extractor, f"{prefix}.reference")
     metric = FrechetDistance(extractor, source, num_images)
     metric.protocol["extractor"] |= describe_source(model, revision)

@@ -100,7 +100,7 @@ class InceptionV3(nn.Module):
 _networks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
-def load_inception(weights: str | Path | None, key: str) -> InceptionV3:
+def load_inception(weights: str | Path | None, key: str = "extractor") -> InceptionV3:
     """The network with the weights in the file `weights`; None for torch-fidelity's own file.
 
     All metrics with the same file share one network. UserError, which names `key`, if the file does

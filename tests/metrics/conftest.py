@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 import transformers
 from PIL import Image
+
+from lml.metrics.lpips import WEIGHTS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "##s", "red", "on", "mat"]
@@ -223,3 +226,15 @@ def tiny_configs(clip_folder, dinov2_folder, bert_folder, reward_file, pictures)
         | keys
         for name, keys in changed.items()
     }
+
+
+@pytest.fixture
+def alexnet(tmp_path, monkeypatch) -> Path:
+    """torch's hub folder, with random weights where torchvision looks."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch/hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    state = torchvision.models.alexnet().state_dict()
+    torch.save(state, folder / WEIGHTS.rpartition("/")[2])
+    return folder

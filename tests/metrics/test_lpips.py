@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
 from lml.errors import UserError
 from lml.metrics.evaluate import Context, evaluate
 from lml.metrics.lpips import WEIGHTS, LPIPSDiversity
-
-
-@pytest.fixture
-def alexnet(tmp_path, monkeypatch) -> Path:
-    """torch's hub folder, with random weights where torchvision looks."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    folder = tmp_path / "torch/hub/checkpoints"
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    state = torchvision.models.alexnet().state_dict()
-    torch.save(state, folder / WEIGHTS.rpartition("/")[2])
-    return folder
 
 
 def test_neighbours_against_torchmetrics(alexnet, tmp_path):
