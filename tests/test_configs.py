@@ -42,7 +42,7 @@ def test_no_folder_of_configs_is_forgotten_here():
     groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
     mine = {"model", "solver", "grid", "lml", "metrics", "prompts", "logger", "experiment"}
     mine |= {"protocol", "sweep"}
-    assert mine <= groups and groups - mine <= {"train", "layout", "base"}
+    assert mine <= groups and groups - mine <= {"train", "layout", "base", "objective"}
 
 
 def test_groups_that_are_offered_are_those_of_the_defaults():

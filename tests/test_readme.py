@@ -93,7 +93,7 @@ def test_every_command_on_a_page_composes(page):
 
 def test_the_docs_name_every_option_of_the_groups():
     text = (ROOT / "docs/running.md").read_text()
-    for group in ("model", "grid", "prompts", "protocol", "sweep", "metrics"):
+    for group in ("model", "grid", "prompts", "protocol", "sweep", "objective", "metrics"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", text, re.M)
         options = {file.stem for file in (CONFIGS / group).glob("*.yaml")} - {"none"}
         assert options <= set(re.findall(r"`(\w+)`", row)), group

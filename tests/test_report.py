@@ -807,7 +807,8 @@ def with_metric(result, metric="clip_score"):
 
 
 def test_a_setting_looks_the_same_in_every_panel_and_every_study():
-    presets = ["off", "default", "published", *labels.CALIBRATIONS]
+    presets = ["off", "default", "published", *figures.CALIBRATED_LOOKS]
+    assert set(figures.CALIBRATED_LOOKS) <= set(labels.CALIBRATIONS)
     alone = {lml: figures.looks([lml])[lml] for lml in presets}
     assert figures.looks(presets) == alone
     for part in zip(*alone.values(), strict=True):

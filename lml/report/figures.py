@@ -23,7 +23,7 @@ from PIL import Image
 
 from lml.data.images import read
 from lml.report import labels
-from lml.report.labels import CALIBRATIONS, DEFAULT, OFF, PUBLISHED
+from lml.report.labels import DEFAULT, OFF, PUBLISHED
 from lml.report.results import Result
 from lml.report.tables import Entry, Group, Row, Table, describe, order, row_of, varying
 
@@ -52,19 +52,19 @@ LOOKS = {
     DEFAULT: Look("#0072B2", "-", "s"),
     PUBLISHED: Look("#CC79A7", ":", "X"),
 }
-CALIBRATED_LOOKS = [
-    Look("#D55E00", "-", "^"),
-    Look("#009E73", "-.", "v"),
-    Look("#332288", (0, (5, 1, 1, 1)), "<"),
-    Look("#999933", (0, (2, 1)), ">"),
-]
-LOOKS |= dict(zip(CALIBRATIONS, CALIBRATED_LOOKS, strict=True))
+CALIBRATED_LOOKS = {
+    "calibrated": Look("#D55E00", "-", "^"),
+    "calibrated (features)": Look("#009E73", "-.", "v"),
+    "calibrated (timesteps)": Look("#332288", (0, (5, 1, 1, 1)), "<"),
+    "calibrated (features, timesteps)": Look("#999933", (0, (2, 1)), ">"),
+}
+LOOKS |= CALIBRATED_LOOKS
 OTHER_LOOKS = [  # of other settings, in their order
     Look("#E69F00", "-.", "D"),
     Look("#56B4E9", (0, (5, 1)), "P"),
     Look("#882255", (0, (3, 1, 1, 1, 1, 1)), "p"),
     Look("#44AA99", (0, (1, 1)), "*"),
-    *(LOOKS[label] for label in (PUBLISHED, *CALIBRATIONS)),
+    *(LOOKS[label] for label in (PUBLISHED, *CALIBRATED_LOOKS)),
 ]
 BEST = {"color": "#BBBBBB", "linewidth": 4, "solid_capstyle": "round", "zorder": 1}
 BEST_LABEL = "best of all solvers, LML off"
