@@ -282,26 +282,27 @@ class _Samples:
             raise CalibrationError(f"the fine solution: {error}") from None
         self.tell(_count_steps(p.fine_scheduler, p.fine_steps) * len(batch.indices))
 
-    def _differences(self, choice: Choice, part: str) -> list[Tensor]:
-        """For each batch, (B K,) float64: `part` of the objective, minus the fine solution's."""
-        p, differences = self.problem, []
-        for batch in self.batches:
-            if not batch.fine:
-                self._solve(batch)
-            fine = batch.fine[part]
-            try:
-                samples = self._sample(batch, choice.apply(p.scheduler), p.steps)
-                values = _values(getattr(p.objective, part), samples)
-            except FloatingPointError:  # it diverges
-                values = torch.full_like(fine, math.inf)
-            differences.append((values - fine).flatten())
-        self.tries += 1
-        return differences
+    def _difference(self, batch: _Batch, choice: Choice, part: str) -> Tensor:
+        """(B K,) float64: `part` of the objective for a batch, minus the fine solution's."""
+        p = self.problem
+        if not batch.fine:
+            self._solve(batch)
+        fine = batch.fine[part]
+        try:
+            samples = self._sample(batch, choice.apply(p.scheduler), p.steps)
+            values = _values(getattr(p.objective, part), samples)
+        except FloatingPointError:  # it diverges
+            values = torch.full_like(fine, math.inf)
+        return (values - fine).flatten()
 
     def error(self, choice: Choice, part: str = "report") -> float:
         """The root mean squared distance to the fine solution; inf in place of NaN."""
-        differences = self._differences(choice, part)
-        error = _rms(self._gather([(d.square().sum(), len(d)) for d in differences]))
+        sums = []
+        for batch in self.batches:
+            difference = self._difference(batch, choice, part)
+            sums.append((difference.square().sum(), len(difference)))
+        self.tries += 1
+        error = _rms(self._gather(sums))
         return error if math.isfinite(error) else math.inf
 
     def derivatives(self, choice: Choice, others: Sequence[Choice]) -> tuple[Tensor, Tensor]:
@@ -309,13 +310,13 @@ class _Samples:
 
         Column k of J is the difference between the kth of them and `choice`.
         """
-        base = self._differences(choice, "search")
-        columns = [self._differences(other, "search") for other in others]
         sums = []
-        for number, difference in enumerate(base):
-            J = torch.stack([column[number] - difference for column in columns], dim=1)
-            J = J.nan_to_num(0.0, 0.0, 0.0)  # where a trajectory diverges there is no derivative
-            sums.append((torch.cat([J.T @ J, (J.T @ difference)[:, None]], 1), len(difference)))
+        for batch in self.batches:
+            r = self._difference(batch, choice, "search")
+            J = torch.stack([self._difference(batch, other, "search") for other in others], dim=1)
+            J.sub_(r[:, None]).nan_to_num_(0.0, 0.0, 0.0)  # none where a trajectory diverges
+            sums.append((torch.cat([J.T @ J, (J.T @ r)[:, None]], 1), len(r)))
+        self.tries += 1 + len(others)
         parts = self._gather(sums)
         total = sum(part for part, _ in parts) / sum(count for _, count in parts)
         return total[:, :-1], total[:, -1]
