@@ -696,6 +696,8 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
     [
         (["nfe=1"], "nfe=1"),
         (["objective=beauty"], "objective=beauty"),
+        (["objective=features", "extractor=null"], "extractor=null: objective=features needs a"),
+        (["extractor={_target_:torch.nn.Flatten}"], "extractor: objective=rmse takes none"),
         (["ranks=[0]"], "ranks[0]=0"),
         (["solver.step.eta=1.0"], "adds noise"),
         (["solver=dpmsolverpp", "solver.scheduler.algorithm_type=sde-dpmsolver++"], "adds noise"),

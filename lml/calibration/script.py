@@ -75,6 +75,10 @@ def check(cfg: Mapping[str, Any]) -> None:
     schema.check(cfg, schema.Calibrate)
     if not cfg["ranks"]:
         raise UserError("ranks=[]: expected at least one")
+    if cfg["extractor"] is None and cfg["objective"] != "rmse":
+        raise UserError(f"extractor=null: objective={cfg['objective']} needs a network")
+    if cfg["extractor"] is not None and cfg["objective"] == "rmse":
+        raise UserError("extractor: objective=rmse takes none; choose another objective first")
     check_start(cfg["model"], "a calibration")
 
 
