@@ -33,7 +33,7 @@ def calibrate_pipeline(
     pipe: DiffusionPipeline,
     prompts: str | Sequence[str] | None = None,
     num_inference_steps: int = 6,
-    samples: int | None = None,
+    samples: int = 32,
     fine_steps: int | None = None,
     seed: int = 1_000_000,
     batch_size: int = 4,
@@ -56,7 +56,7 @@ def calibrate_pipeline(
         prompts: prompts like those of later use; the samples take them in turn. None for a
             pipeline without prompts, or if `call` has their embeddings.
         num_inference_steps: the number of steps of later use.
-        samples: the number of samples, at least 2; 32 by default.
+        samples: the number of samples, at least 2.
         fine_steps: the steps of the fine solution; by default five times as many, at least 40.
         timesteps: whether to search timesteps, too; for schedulers with `aligned_timesteps`.
         extractor: a network from uint8 images (N, 3, H, W) to features (N, ...), whose features are
@@ -84,9 +84,8 @@ def calibrate_pipeline(
         call["prompt"] = prompts if isinstance(prompts, str) else list(prompts)
         if call["prompt"] == []:
             raise ValueError("prompts: expected at least one, or None")
-    count = 32 if samples is None else samples
-    if count < 2:
-        raise ValueError(f"samples={count}: expected at least 2")
+    if samples < 2:
+        raise ValueError(f"samples={samples}: expected at least 2")
     accepted = inspect.signature(pipe.__call__).parameters
     has_latents = "latents" in accepted and extractor is None
     if adds_noise(scheduler, call):
@@ -98,18 +97,18 @@ def calibrate_pipeline(
         if not any(map(PER_SAMPLE.fullmatch, options)):
             options["batch_size"] = len(indices)
         pipe.scheduler = solver
-        samples, *_ = pipe(  # called images, frames or audios
+        made, *_ = pipe(  # called images, frames or audios
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed + i) for i in indices],
             output_type="latent" if has_latents else "np",
             return_dict=False,
             **options,
         )
-        samples = torch.as_tensor(samples).float()
+        made = torch.as_tensor(made).float()
         if extractor is None:
-            return samples
+            return made
         device = next(extractor.parameters()).device
-        return 2 * samples.to(device).movedim(-1, -3) - 1
+        return 2 * made.to(device).movedim(-1, -3) - 1
 
     fine = type(scheduler).from_config(scheduler.config, rank=0)
     problem = Problem(
@@ -122,7 +121,7 @@ def calibrate_pipeline(
         objectives.of_samples() if extractor is None else objectives.of_features(extractor),
         batch_size,
     )
-    halves = range(count // 2), range(count // 2, count)
+    halves = range(samples // 2), range(samples // 2, samples)
     protocol = (ranks, rounds, timesteps)
     total = most_evaluations(problem, *map(len, halves), *protocol)
     own = getattr(pipe, "_progress_bar_config", {})  # what set_progress_bar_config was given
