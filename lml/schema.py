@@ -284,6 +284,7 @@ class Calibrate(Sampling):
     searched: Samples
     unseen: Samples
     ranks: list[Annotated[int, Range(1, 64, "so many directions are held in memory")]]
+    numbers: list[Literal["damping", "length"]]
     rounds: Annotated[int, Range(1, 10**6)]
     fine: FineSolution
     extractor: Made | None

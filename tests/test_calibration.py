@@ -229,6 +229,22 @@ def test_timesteps_that_are_searched_too_halve_the_error_again(gaussian, name, o
     assert sum(told) == found.evaluations <= most_evaluations(p, 16, 16, (1,), 2, True)
 
 
+@pytest.mark.parametrize("timesteps", [False, True])
+@pytest.mark.parametrize("numbers", [["damping"], ["length"]])
+def test_one_number_of_a_step_may_be_searched_alone(gaussian, numbers, timesteps):
+    """The other is as without LML."""
+    p, told = problem(gaussian, schedulers.LMLDEISMultistepScheduler), []
+    how = {"timesteps": timesteps, "numbers": numbers}
+    found = calibrate(p, range(16), range(100, 116), tell=told.append, **how)
+    dampings, lengths = found.calibrated.damping, found.calibrated.length
+    assert (set(dampings) == {None}) == (numbers == ["length"])
+    assert (lengths is None) == (numbers == ["damping"])
+    assert sum(told) == found.evaluations
+    assert found.evaluations <= most_evaluations(p, 16, 16, (1,), 2, **how)
+    errors = {name: error["searched"] for name, error in found.errors.items()}
+    assert errors["calibrated"] < errors["off"]
+
+
 @pytest.mark.parametrize(
     ("values", "timesteps"),
     [
@@ -699,6 +715,8 @@ def test_a_sweep_ends_with_the_best(script, tmp_path):
         (["objective=features", "extractor=null"], "extractor=null: objective=features needs a"),
         (["extractor={_target_:torch.nn.Flatten}"], "extractor: objective=rmse takes none"),
         (["ranks=[0]"], "ranks[0]=0"),
+        (["numbers=[]"], "numbers=[]: expected at least one"),
+        (["numbers=[damping,norm]"], "numbers[1]=norm"),
         (["solver.step.eta=1.0"], "adds noise"),
         (["solver=dpmsolverpp", "solver.scheduler.algorithm_type=sde-dpmsolver++"], "adds noise"),
         (["solver=euler", "grid=default", "+solver.step.s_churn=1.0"], "adds noise"),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lml import schema
 from lml.calibration import objectives, stored
 from lml.calibration.search import (
+    NUMBERS,
     CalibrationError,
     Objective,
     Problem,
@@ -45,7 +46,7 @@ from lml.seals import canonical, differences, sealed, why_not_sealed
 STATE = "state.json"  # from which an interrupted search continues
 FINE_SOLVER = "dpmsolverpp"
 PROTOCOL = (
-    *("seed", "searched", "unseen", "ranks", "rounds", "fine", "extractor"),
+    *("seed", "searched", "unseen", "ranks", "numbers", "rounds", "fine", "extractor"),
     *("batch_size", "dtype"),
 )
 
@@ -73,8 +74,9 @@ def make_objective(cfg: Mapping[str, Any], model: Model, device: torch.device) -
 def check(cfg: Mapping[str, Any]) -> None:
     """UserError if the config does not fit configs/calibrate.yaml, or can't be calibrated."""
     schema.check(cfg, schema.Calibrate)
-    if not cfg["ranks"]:
-        raise UserError("ranks=[]: expected at least one")
+    for key in ("ranks", "numbers"):
+        if not cfg[key]:
+            raise UserError(f"{key}=[]: expected at least one")
     if cfg["extractor"] is None and cfg["objective"] != "rmse":
         raise UserError(f"extractor=null: objective={cfg['objective']} needs a network")
     if cfg["extractor"] is not None and cfg["objective"] == "rmse":
@@ -245,7 +247,8 @@ def _calibrate(
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
-    protocol = (cfg["ranks"], cfg["rounds"], cfg["timesteps"])
+    numbers = [name for name in NUMBERS if name in cfg["numbers"]]
+    protocol = (cfg["ranks"], cfg["rounds"], cfg["timesteps"], numbers)
     total = most_evaluations(problem, len(searched), len(unseen), *protocol)
     if is_first():
         print(f"at most {total:,} network evaluations", flush=True)

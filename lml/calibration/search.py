@@ -57,6 +57,7 @@ KINDS = {
     "damping": Kind(0.0, 8.0, 0.3),
     "length": Kind(0.5, 1.5, 0.02),
 }
+NUMBERS = tuple(KINDS)
 # A timestep moves by at most FAR of the way to its nearer neighbour in a round, and by NEAR of it
 # for a derivative.
 FAR, NEAR = 0.4, 0.15
@@ -457,6 +458,7 @@ class _Searches:
 
     samples: _Samples
     rounds: int
+    numbers: Sequence[str]
     states: dict[str, Progress]
     save: Callable[[dict[str, Progress]], None]
 
@@ -467,10 +469,12 @@ class _Searches:
             self.save(self.states)
         return progress
 
-    def of_dampings(self, rank: int) -> list[Progress]:
-        """The results of two searches: of dampings; of dampings and lengths."""
-        plain = self._run(f"{rank}, damping", lambda: self._start(rank))
-        return [plain, self._run(f"{rank}, damping, length", plain.with_lengths)]
+    def of_numbers(self, rank: int) -> list[Progress]:
+        """The results of two searches: of dampings; of dampings and lengths. Or of one number."""
+        first = self._run(f"{rank}, {self.numbers[0]}", lambda: self._start(rank))
+        if len(self.numbers) == 1:
+            return [first]
+        return [first, self._run(f"{rank}, damping, length", first.with_lengths)]
 
     def of_timesteps(self) -> Progress:
         """The result of a search of timesteps, with LML off."""
@@ -478,21 +482,24 @@ class _Searches:
         return self._run("timesteps", lambda: self._measured(Progress(0, values, ["timesteps"])))
 
     def with_timesteps(self, rank: int, alone: Progress) -> list[Progress]:
-        """The results of `of_dampings`, and of two more searches.
+        """The results of `of_numbers`, and of two more searches.
 
-        The third is of dampings and lengths on the timesteps of `alone`. The last is of all three,
-        from the better of the second and the third.
+        One is of the same numbers on the timesteps of `alone`. The last is of these and timesteps,
+        from the better of the two.
         """
-        plain, own = self.of_dampings(rank)
-        there = self._run(
-            f"{rank}, damping, length on other timesteps",
-            lambda: self._start(rank, **alone.values).with_lengths(),
-        )
+        *firsts, own = self.of_numbers(rank)
+        names = ", ".join(self.numbers)
+
+        def start() -> Progress:
+            progress = self._start(rank, **alone.values)
+            return progress if len(self.numbers) == 1 else progress.with_lengths()
+
+        there = self._run(f"{rank}, {names} on other timesteps", start)
         best = own if own.error < there.error else there
         values = {"timesteps": self.own_timesteps, **best.values}
-        start = Progress(rank, values, ["damping", "length", "timesteps"])
-        every = self._run(f"{rank}, damping, length, timesteps", lambda: self._measured(start))
-        return [plain, own, there, every]
+        joint = Progress(rank, values, [*self.numbers, "timesteps"])
+        every = self._run(f"{rank}, {names}, timesteps", lambda: self._measured(joint))
+        return [*firsts, own, there, every]
 
     @functools.cached_property
     def own_timesteps(self) -> list[float]:
@@ -507,10 +514,16 @@ class _Searches:
         return [float(t) for t in _falling(known.tolist())]
 
     def _start(self, rank: int, **values: list[float]) -> Progress:
-        """The best of the default and of some dampings that are equal for all steps."""
+        """The best of the default and of some dampings that are equal for all steps.
+
+        Without dampings among the numbers, LML off.
+        """
         problem = self.samples.problem
         scheduler = Choice(rank).apply(problem.scheduler)
         steps = _count_steps(scheduler, problem.steps)
+        if "damping" not in self.numbers:
+            values = {**values, "damping": [0.0] * (steps - 1), "length": [1.0] * steps}
+            return self._measured(Progress(rank, values, ["length"]))
         high = KINDS["damping"].high
         default = [min(1 / damping, high) if damping else 0.0 for damping in scheduler.dampings[1:]]
         tried = [
@@ -547,6 +560,7 @@ def calibrate(
     ranks: Sequence[int] = (1,),
     rounds: int = 2,
     timesteps: bool = False,
+    numbers: Sequence[str] = NUMBERS,
     states: Mapping[str, Progress] | None = None,
     save: Callable[[dict[str, Progress]], None] = lambda states: None,
     tell: Callable[[int], None] = lambda evaluations: None,
@@ -559,6 +573,8 @@ def calibrate(
     Args:
         ranks: the ranks to try. For each there are two searches: of dampings, and of dampings and
             lengths.
+        numbers: what a step has; "damping" alone keeps the norm of g, as published, and "length"
+            alone uses no anchors.
         rounds: the largest number of steps of each search.
         timesteps: whether to search timesteps, too, for a scheduler with `aligned_timesteps`.
         states: the states of interrupted searches, by key, to continue from.
@@ -574,14 +590,14 @@ def calibrate(
     if count < 2:
         raise CalibrationError("a single step has no anchor: there is no damping to choose")
     samples = _Samples(problem, searched, tell)
-    searches = _Searches(samples, rounds, dict(states or {}), save)
+    searches = _Searches(samples, rounds, numbers, dict(states or {}), save)
     candidates = {"off": OFF, "default": Choice(LMLCorrection().rank)}
     if timesteps:
         alone = searches.of_timesteps()
         candidates["timesteps"] = alone.choice()
         ended = [found for rank in ranks for found in searches.with_timesteps(rank, alone)]
     else:
-        ended = [found for rank in ranks for found in searches.of_dampings(rank)]
+        ended = [found for rank in ranks for found in searches.of_numbers(rank)]
     check = _Samples(problem, unseen, tell)
     options = min((progress.choice() for progress in ended), key=check.error)
     candidates["calibrated"] = options
@@ -616,6 +632,7 @@ def most_evaluations(
     ranks: Sequence[int],
     rounds: int,
     timesteps: bool = False,
+    numbers: Sequence[str] = NUMBERS,
 ) -> int:
     """The largest number of network evaluations times samples that `calibrate` makes."""
     count = _count_steps(problem.scheduler, problem.steps)
@@ -623,10 +640,12 @@ def most_evaluations(
     after = count * (count - 1) // 2  # evaluations after a step, over all steps
     tried = (1 + TRIES) * count
     start = (len(STARTS) + 1) * count
-    a_rank, once, searches, choices = start + rounds * (2 * tried + 3 * after), 0, 2, 3
+    each = len(numbers)  # columns of derivatives that need the steps after one
+    a_rank = start + rounds * (each * tried + each * (each + 1) // 2 * after)
+    once, searches, choices = 0, each, 3
     if timesteps:
-        a_rank += start + count + rounds * (2 * tried + 5 * after + count)
-        once, searches, choices = count + rounds * (tried + after + count), 4, 4
+        a_rank += start + count + rounds * (2 * tried + (2 * each + 1) * after + count)
+        once, searches, choices = count + rounds * (tried + after + count), each + 2, 4
     search = len(ranks) * a_rank + once + choices * count
     check = (len(ranks) * searches + choices) * count
     return (searched + unseen) * fine + searched * search + unseen * check
