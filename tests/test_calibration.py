@@ -380,7 +380,7 @@ def of_call(pipe, prompts=None, **call) -> dict:
             cls = schedulers.LMLFlowMatchEulerDiscreteScheduler
         pipe.scheduler = cls.from_config(before.config)
     pipe.set_progress_bar_config(disable=True)
-    size = {"num_inference_steps": 4, "samples": 4, "fine_steps": 12, "batch_size": 2, "rounds": 1}
+    size = {"num_inference_steps": 2, "samples": 4, "fine_steps": 4, "batch_size": 2, "rounds": 1}
     found = calibrate_pipeline(pipe, prompts, **size, **call)
     pipe.scheduler = before
     return found.errors
