@@ -124,9 +124,10 @@ def results(name: str, *metrics: str) -> dict[tuple[str, ...], dict[str, str]]:
 
 def columns(header: list[str]) -> Iterator[tuple[str, str]]:
     """Metric and LML of each column but the first: "error, LML off", then "calibrated" ..."""
+    metric = ""
     for cell in header[1:]:
         *named, lml = cell.split(", ")
-        metric = METRICS[named[0]] if named else metric  # noqa: F821
+        metric = METRICS[named[0]] if named else metric
         yield metric, LMLS.get(lml, lml)
 
 

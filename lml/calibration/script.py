@@ -19,7 +19,6 @@ from tqdm import tqdm
 from lml import schema
 from lml.calibration import objectives, stored
 from lml.calibration.search import (
-    NUMBERS,
     CalibrationError,
     Objective,
     Problem,
@@ -247,8 +246,7 @@ def _calibrate(
 
     searched = range(cfg["searched"])
     unseen = range(cfg["searched"], cfg["searched"] + cfg["unseen"])
-    numbers = [name for name in NUMBERS if name in cfg["numbers"]]
-    protocol = (cfg["ranks"], cfg["rounds"], cfg["timesteps"], numbers)
+    protocol = (cfg["ranks"], cfg["rounds"], cfg["timesteps"], cfg["numbers"])
     total = most_evaluations(problem, len(searched), len(unseen), *protocol)
     if is_first():
         print(f"at most {total:,} network evaluations", flush=True)

@@ -590,7 +590,8 @@ def calibrate(
     if count < 2:
         raise CalibrationError("a single step has no anchor: there is no damping to choose")
     samples = _Samples(problem, searched, tell)
-    searches = _Searches(samples, rounds, numbers, dict(states or {}), save)
+    ordered = [name for name in NUMBERS if name in numbers]
+    searches = _Searches(samples, rounds, ordered, dict(states or {}), save)
     candidates = {"off": OFF, "default": Choice(LMLCorrection().rank)}
     if timesteps:
         alone = searches.of_timesteps()
@@ -640,7 +641,7 @@ def most_evaluations(
     after = count * (count - 1) // 2  # evaluations after a step, over all steps
     tried = (1 + TRIES) * count
     start = (len(STARTS) + 1) * count
-    each = len(numbers)  # columns of derivatives that need the steps after one
+    each = len(numbers)  # also the number of searches: the kth moves k numbers a step
     a_rank = start + rounds * (each * tried + each * (each + 1) // 2 * after)
     once, searches, choices = 0, each, 3
     if timesteps:
